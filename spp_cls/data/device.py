@@ -1,0 +1,82 @@
+"""The device step: uint8 pictures → float, at the planned size, flipped, colour-shifted, normalised, channels_last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .plan import COLOUR, FLIP
+
+# Principal components of ImageNet's colours for pixels in [0, 1], as in Krizhevsky et al. 2012, §4.1; the numbers are
+# those published with fb.resnet.torch. Columns of the vectors belong to the values.
+EIGENVALUES = (0.2175, 0.0188, 0.0045)
+EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+
+
+def device_step(
+    images: Tensor,
+    uniforms: Tensor,
+    size: int,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    flip: float = 0.5,
+    colour: float = 0.1,
+) -> Tensor:
+    """Regions (B, 3, R, R) in uint8 and uniforms (B, 8) → (B, 3, size, size) in float32, channels_last.
+
+    `flip` is the share of mirrored pictures, `colour` the σ of the PCA shift; `mean` and `std` are in grey levels
+    (0–255). He et al. 2014, §2.3: a smaller training size is the same region, resized, not a smaller crop.
+    """
+    if images.device.type == "cpu":  # image by image, in uint8: the whole batch in float would be memory-bound
+        out = images.new_empty(len(images), 3, size, size, dtype=torch.float32)
+        out = out.contiguous(memory_format=torch.channels_last)
+        for i in range(len(images)):
+            one = resize(images[i : i + 1], size)
+            out[i] = _flip_shift_normalise(one, uniforms[i : i + 1], mean, std, flip, colour)[0]
+        return out
+    resized = resize(images.float(), size)
+    out = _flip_shift_normalise(resized, uniforms, mean, std, flip, colour)
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """(B, 3, H, W) → (B, 3, size, size), bilinear with antialias: within one grey level of Pillow's."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(…, 3, H, W) of grey levels → float32, (x − mean) / std."""
+    scale, offset = _scale_and_offset(mean, std, images.device)
+    return images * scale[:, None, None] + offset[:, None, None]
+
+
+def colour_shift(uniforms: Tensor, sigma: float) -> Tensor:
+    """(B, 8) → (B, 3) grey levels to add to R, G, B: components weighted by λ · N(0, σ) (Krizhevsky et al. 2012).
+
+    The published eigenvalues are for pixels in [0, 1], so that one σ of 0.1 is 5.5 grey levels along the first.
+    """
+    chance = uniforms[:, COLOUR].clamp(1e-6, 1 - 1e-6)  # uniforms are below 1, but may be 0
+    weights = torch.special.ndtri(chance) * sigma * 255 * uniforms.new_tensor(EIGENVALUES)  # (B, 3)
+    shift: Tensor = weights @ uniforms.new_tensor(EIGENVECTORS).T
+    return shift
+
+
+def _flip_shift_normalise(
+    images: Tensor, uniforms: Tensor, mean: Sequence[float], std: Sequence[float], flip: float, colour: float
+) -> Tensor:
+    mirrored = (uniforms[:, FLIP] < flip)[:, None, None, None]
+    images = torch.where(mirrored, images.flip(3), images)
+    scale, offset = _scale_and_offset(mean, std, images.device)
+    offset = offset + colour_shift(uniforms, colour) * scale  # (B, 3)
+    return images * scale[:, None, None] + offset[:, :, None, None]
+
+
+def _scale_and_offset(mean: Sequence[float], std: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor]:
+    scale = 1 / torch.tensor(tuple(std), dtype=torch.float32, device=device)
+    return scale, -torch.tensor(tuple(mean), dtype=torch.float32, device=device) * scale

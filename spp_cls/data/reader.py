@@ -1,0 +1,186 @@
+"""Reading pictures: every odd file is either read right or named in a `ValueError` of one line."""
+
+from __future__ import annotations
+
+import re
+import struct
+import warnings
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+PLUGINS = (
+    JpegImagePlugin.JpegImageFile,
+    PngImagePlugin.PngImageFile,
+    GifImagePlugin.GifImageFile,
+    WebPImagePlugin.WebPImageFile,
+    BmpImagePlugin.BmpImageFile,
+    TiffImagePlugin.TiffImageFile,
+    AvifImagePlugin.AvifImageFile,
+    PpmImagePlugin.PpmImageFile,
+)
+MAX_PIXELS = 100_000_000
+_PILLOW = re.compile(r"PIL\.")  # the modules whose warnings are of no use here
+
+# EXIF tag 274 → what turns the stored picture upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def read_rgb(path: Path, *, max_pixels: int = MAX_PIXELS, draft: tuple[int, int] | None = None) -> Image.Image:
+    """The picture at `path` in mode RGB, upright (EXIF), without metadata.
+
+    First frame of animations; 16-bit grey divided by 257; transparency over white. The kind of file is told
+    by its content, not by its name. `draft` is a (width, height) in px that is enough: a JPEG may come out at
+    1/2, 1/4 or 1/8 of its size, never below `draft`. Raises `ValueError("<path>: <reason>")` for a file that
+    is no picture, is damaged or cut off, or has more than `max_pixels` pixels (read in its header, before any
+    decoding).
+    """
+    try:
+        with open(path, "rb") as file:
+            image, orientation = _open(file, max_pixels)
+            if draft is not None:
+                image.draft(None, draft if orientation < 5 else draft[::-1])
+            image.load()
+            rgb = _to_rgb(image)
+    except Exception as error:  # Pillow's plugins raise nearly everything, from OSError to struct.error
+        raise ValueError(f"{path}: {_reason(error)}") from error
+    if orientation in UPRIGHT:
+        rgb = rgb.transpose(UPRIGHT[orientation])
+    rgb.info = {}  # the orientation has been applied: nobody shall find it and apply it again
+    return rgb
+
+
+def read_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) in px of `read_rgb(path)`, from the header alone.
+
+    Raises the same errors as `read_rgb`, as far as a header can show them.
+    """
+    try:
+        with open(path, "rb") as file:
+            image, orientation = _open(file, max_pixels)
+            width, height = image.size
+    except Exception as error:
+        raise ValueError(f"{path}: {_reason(error)}") from error
+    return (width, height) if orientation < 5 else (height, width)
+
+
+def _open(file: IO[bytes], max_pixels: int) -> tuple[Image.Image, int]:
+    """The picture with only its header read, and its EXIF orientation, 1 to 8."""
+    # Pillow warns of flaws that change no pixel. `catch_warnings` is unsafe in threads: this filter stays.
+    first = warnings.filters[0] if warnings.filters else None
+    if first is None or first[0] != "ignore" or first[3] != _PILLOW:
+        warnings.filterwarnings("ignore", module=_PILLOW.pattern)
+    # Not `Image.open`: it has a limit of its own, for the whole process, and tries every format it knows.
+    factory = _factory(file.read(64))
+    file.seek(0)
+    try:
+        image = factory(file, "")
+    except SyntaxError as error:
+        raise ValueError(f"damaged header: {_reason(error)}") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        megapixels = f"{width * height / 1e6:.1f} megapixels, the limit is {max_pixels / 1e6:g}"
+        raise ValueError(f"{width}×{height} px are {megapixels}: make it smaller")
+    return image, _orientation(image, file)
+
+
+def _factory(head: bytes) -> Any:
+    """What opens a file that begins with `head`."""
+    if not head:
+        raise ValueError("is empty (0 bytes)")
+    if head[4:8] == b"ftyp":  # the family of AVIF, HEIC and MP4: the brands in its first box tell which
+        brands = head[8 : max(12, int.from_bytes(head[:4], "big"))]
+        if b"avif" not in brands and b"avis" not in brands and re.search(b"hei[cxms]|hev[cxms]|mif1", brands):
+            try:
+                import pillow_heif
+            except ImportError:
+                raise ValueError("HEIC needs the package pillow-heif; or convert it to JPEG") from None
+            return pillow_heif.HeifImageFile
+    for plugin in PLUGINS:
+        accept = Image.OPEN[plugin.format][1]
+        accepted = accept is None or accept(head)
+        if isinstance(accepted, str):
+            raise ValueError(f"this Pillow was built without {plugin.format}")
+        if accepted:
+            return Image.OPEN[plugin.format][0]
+    raise ValueError(f"not a picture of a known format: begins with {head[:16]!r}")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point grey has no fixed white: convert it to 8 bits")
+    if image.mode == "I" or image.mode.startswith("I;"):  # Pillow clips it at 255: nearly all white
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError(f"grey values from {grey.min()} to {grey.max()}: convert it to 8 or 16 bits")
+        white = grey == image.info.get("transparency", -1)
+        grey8 = (grey.astype(np.int32) + 128) // 257
+        return Image.fromarray(np.where(white, 255, grey8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        over = Image.new("RGBA", image.size, "white")
+        over.alpha_composite(image.convert("RGBA"))
+        image = over
+    return image.convert("RGB")
+
+
+def _orientation(image: Image.Image, file: IO[bytes]) -> int:
+    """The EXIF orientation; 1 where none can be read, and for TIFF, to which Pillow applies it itself."""
+    exif = image.info.get("exif", b"")
+    if not exif and image.format == "PNG":
+        exif = _late_exif(file)
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+    if order is None:
+        return 1
+    try:
+        (start,) = struct.unpack_from(order + "I", exif, 4)
+        (entries,) = struct.unpack_from(order + "H", exif, start)
+        for entry in range(start + 2, start + 2 + 12 * entries, 12):
+            tag, kind = struct.unpack_from(order + "HH", exif, entry)
+            if tag == 274:
+                (value,) = struct.unpack_from(order + ("I" if kind == 4 else "H"), exif, entry + 8)
+                return int(value) if value in UPRIGHT else 1
+    except struct.error:
+        pass
+    return 1
+
+
+def _late_exif(file: IO[bytes]) -> bytes:
+    """The EXIF of a PNG that stands behind its pixels: Pillow would decode them all to find it."""
+    here = file.tell()
+    try:
+        file.seek(8)
+        while len(chunk := file.read(8)) == 8 and chunk[4:] != b"IEND":
+            size = int.from_bytes(chunk[:4], "big")
+            if chunk[4:] == b"eXIf":
+                return file.read(size)
+            file.seek(size + 4, 1)  # its bytes and its checksum
+    finally:
+        file.seek(here)
+    return b""
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
