@@ -1,0 +1,270 @@
+"""Config → objects: the only wiring. Everything that a config names is made here."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra.utils
+import torch
+from hydra.errors import InstantiationException
+from lightning import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from .callbacks import MemoryProbe, PlannedSize, Progress, Timing
+from .classifier import Classifier
+from .data import MultiSizeDataModule
+from .door import nearest
+from .resume import AtomicCheckpointIO, History, ResumePoint
+from .run import CHECKPOINTS, Run, find_checkpoint, run_folder
+
+# What a run folder or a checkpoint of somebody else's may build without being trusted in so many words.
+# Of torch only what nets and optimizers are made of: torch.hub, for one, runs code from anywhere.
+TRUSTED = ("spp_cls.", "torch.nn.", "torch.optim.", "torchvision.models.", "lightning.pytorch.", "timm.")
+
+
+def instantiate(config: Any, where: str, **arguments: Any) -> Any:
+    """The object that `config` names; a ValueError of one line where `config` (called `where`) is wrong."""
+    if OmegaConf.is_config(config):
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise ValueError(f"{missing[0]} has no value: give one, like {missing[0]}=…")
+    _check_arguments(config, where, arguments)
+    try:
+        if not arguments:
+            return hydra.utils.instantiate(config, _convert_="all")
+        # Objects are given by a call of their own: Hydra would merge them into the config, and make dicts of some.
+        make = hydra.utils.instantiate(config, _partial_=True, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, ValueError):
+            raise cause from None
+        lines = [line for line in str(cause or error).splitlines() if line.strip()]
+        raise ValueError(f"{where}: {lines[0] if lines else error}") from error
+    return make(**arguments)
+
+
+def _check_arguments(config: Any, where: str, arguments: dict[str, Any]) -> None:
+    """A key that its target does not take is named here, with the nearest that it does."""
+    if not isinstance(config, DictConfig) or "_target_" not in config:
+        return
+    try:
+        target = hydra.utils.get_object(config._target_)
+        signature = inspect.signature(target)
+    except ValueError:  # a builtin without a signature
+        return
+    except Exception as error:
+        raise ValueError(f"{where}._target_={config._target_}: cannot be imported ({error})") from error
+    takes = signature.parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        given = [str(key) for key in config if not str(key).startswith("_")]
+        for key in [*given, *arguments]:
+            if key not in takes:
+                raise ValueError(f"{where}.{key}: {config['_target_']} has no such argument{nearest(key, takes)}")
+    for nested in map(str, config):
+        _check_arguments(config._get_node(nested), f"{where}.{nested}", {})
+
+
+def build_datamodule(config: DictConfig) -> MultiSizeDataModule:
+    """The datamodule of `config`, with its index made."""
+    for key in ("data", "sizes", "views"):
+        if key not in config or config[key] is None:
+            raise ValueError(f"{key}: nothing chosen; give one, like {key}=…")
+    sizes = instantiate(config.sizes, "sizes")
+    views = instantiate(config.views, "views")
+    datamodule: MultiSizeDataModule = instantiate(config.data, "data", sizes=sizes, views=views)
+    datamodule.setup()
+    return datamodule
+
+
+def build_net(config: DictConfig, num_classes: int) -> nn.Module:
+    """The net of `config.model`."""
+    seed_everything(config.seed, verbose=False)  # nets that start by torch's own rules draw from the global state
+    net: nn.Module = instantiate(config.model, "model", num_classes=num_classes)
+    return net
+
+
+def build_classifier(
+    config: DictConfig, identity: dict[str, Any], class_weights: Sequence[float] | None = None
+) -> Classifier:
+    """The LightningModule of `config` for the classes and sizes that `identity` names."""
+    classes = identity["classes"]
+    if class_weights is not None and len(class_weights) != len(classes):
+        raise ValueError(
+            f"classifier.class_weights has {len(class_weights)} numbers for {len(classes)} classes: "
+            "give one a class, or balanced, or null"
+        )
+    classifier: Classifier = instantiate(
+        config.classifier,
+        "classifier",
+        class_weights=class_weights,
+        net=build_net(config, len(classes)),
+        optimizer=instantiate(config.optimizer, "optimizer"),
+        schedule=instantiate(config.schedule, "schedule"),
+        val_sizes=identity["val_sizes"],
+        identity=identity,
+    )
+    if config.compile:
+        classifier.net.compile(dynamic=False)  # one graph a size; in place, so that the weights keep their names
+    return classifier
+
+
+def class_weights(config: DictConfig, datamodule: MultiSizeDataModule) -> list[float] | None:
+    """The weights that `classifier.class_weights` asks for; balanced is n / (K · n_k), each class the same in all."""
+    chosen = config.classifier.class_weights
+    if chosen != "balanced":
+        return None if chosen is None else [float(weight) for weight in chosen]
+    index = datamodule.index
+    assert index is not None
+    counts = torch.bincount(torch.from_numpy(index.labels[index.rows("train")]), minlength=len(index.classes))
+    return [float(counts.sum() / (len(index.classes) * max(1, int(count)))) for count in counts]
+
+
+def identity(config: DictConfig, datamodule: MultiSizeDataModule) -> dict[str, Any]:
+    """Plain data that says what a checkpoint's weights are: enough to build the net again and to feed it."""
+    return {
+        "config": OmegaConf.to_container(config, resolve=True),
+        "classes": list(datamodule.classes),
+        "val_sizes": list(datamodule.val_sizes),
+        "region": datamodule.region,
+        "resize": datamodule.resize,
+        "mean": list(datamodule.mean),
+        "std": list(datamodule.std),
+    }
+
+
+def build_trainer(config: DictConfig, folder: Path | None) -> Trainer:
+    """A Trainer: to train into the run folder `folder`, or, without one, to test."""
+    quieten()
+    callbacks: list[Callback] = []
+    loggers: list[Logger] = []
+    if folder is not None:
+        chosen = [instantiate(c, f"callbacks.{name}") for name, c in (config.get("callbacks") or {}).items() if c]
+        timing = Timing(folder)
+        callbacks = [PlannedSize(), MemoryProbe(), timing, History(folder)]
+        if config.trainer.get("enable_progress_bar") is not False:
+            callbacks.append(Progress(timing))
+        callbacks += [c for c in chosen if not isinstance(c, Checkpoint)]
+        if not config.trainer.get("fast_dev_run"):
+            callbacks += [c for c in chosen if isinstance(c, Checkpoint)]
+            callbacks.append(ResumePoint(folder / CHECKPOINTS))
+        loggers = [build_logger(c, name) for name, c in (config.get("logger") or {}).items() if c]
+    elif sys.stderr.isatty():
+        callbacks = [TQDMProgressBar(leave=False)]
+    arguments: dict[str, Any] = {
+        "logger": loggers or False,
+        "callbacks": callbacks,
+        "plugins": [AtomicCheckpointIO()],
+    }
+    if folder is not None:
+        arguments["default_root_dir"] = str(folder)
+    elif not callbacks:
+        arguments["enable_progress_bar"] = False
+    _check_devices(config)
+    trainer: Trainer = instantiate(config.trainer, "trainer", **arguments)
+    return trainer
+
+
+def quieten() -> None:
+    """Lightning's remarks (no TPU, a product of theirs; what of torch it uses that is deprecated) help no user."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+    warnings.filterwarnings("ignore", message=r".*does not have many workers")
+
+
+def _check_devices(config: DictConfig) -> None:
+    accelerator = config.trainer.get("accelerator")
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ValueError(f"trainer.accelerator={accelerator}: no GPU is to be seen here; use trainer=cpu")
+    if accelerator == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("trainer.accelerator=mps: no Apple GPU is to be seen here; use trainer=cpu")
+
+
+def build_logger(config: DictConfig, name: str) -> Logger:
+    """A logger; Weights & Biases goes offline where there is no key, instead of failing."""
+    if "wandb" in str(config.get("_target_", "")).lower() and not config.get("offline") and not _has_wandb_key():
+        config = OmegaConf.merge(config, {"offline": True})  # type: ignore[assignment]
+    logger: Logger = instantiate(config, f"logger.{name}")
+    return logger
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE"):
+        return True
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    return netrc.is_file() and "wandb" in netrc.read_text()
+
+
+# Runs that are there already
+
+
+def load_run(path: str | Path, which: str = "last", trust: bool = False) -> Run:
+    """The run that `path` names; refused where its config would build what is not trusted."""
+    folder = run_folder(path)
+    config = OmegaConf.load(folder / "config.yaml")
+    container = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(container, dict)
+    if not trust:
+        refuse_untrusted(container, folder / "config.yaml")
+    return Run(folder, {str(k): v for k, v in container.items()}, find_checkpoint(path, which))
+
+
+def refuse_untrusted(config: Any, path: Path) -> None:
+    """Raise where `config`, read from `path`, names anything to build outside the packages of `TRUSTED`."""
+    if isinstance(config, dict):
+        target = config.get("_target_")
+        if target is not None and not (isinstance(target, str) and target.startswith(TRUSTED)):
+            raise ValueError(
+                f"{path} would build {target}, which is not part of spp_cls; add trust=true if you trust it"
+            )
+    if isinstance(config, dict | list):
+        for value in config.values() if isinstance(config, dict) else config:
+            refuse_untrusted(value, path)
+
+
+def restore_classifier(run: Run) -> Classifier:
+    """The classifier of `run` with the weights of its checkpoint; its data need not be there."""
+    config = OmegaConf.create(run.config)
+    for key in ("init_from", "weights"):  # the checkpoint has them all
+        if key in config.model:
+            config.model[key] = None
+    state = read_checkpoint(run.checkpoint)
+    classifier = build_classifier(config, state["spp_cls"]["identity"])
+    classifier.load_state_dict(state["state_dict"])
+    return classifier.eval()
+
+
+def restore_datamodule(run: Run, classifier: Classifier, root: str | None = None) -> MultiSizeDataModule:
+    """The data of `run`, as its own config says; `root` if they have moved."""
+    config = OmegaConf.create(run.config)
+    if root is not None:
+        config.data.root = root
+    datamodule = build_datamodule(config)
+    trained_on = classifier.identity["classes"]
+    if list(datamodule.classes) != list(trained_on):
+        raise ValueError(
+            f"{datamodule.root}: its {len(datamodule.classes)} classes are not the {len(trained_on)} that "
+            f"{run.checkpoint} was trained on; give the data of that run, with root=…"
+        )
+    return datamodule
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of ours, read without running any code in it."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:120]})") from error
+    if not isinstance(state, dict) or "state_dict" not in state or "spp_cls" not in state:
+        raise ValueError(f"{path}: not a checkpoint of spp_cls; name one that spp train wrote")
+    return state

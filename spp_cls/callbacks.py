@@ -1,0 +1,166 @@
+"""What watches over training: the planned size, the memory it will take, where the time goes, the progress bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from tqdm import tqdm
+
+from .cost import available_memory, cost
+
+
+class PlannedSize(Callback):
+    """Stops a run whose batches do not have the size that the plan gives them."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        epoch = 0 if getattr(trainer, "overfit_batches", 0) else trainer.current_epoch
+        size = datamodule.size_at(epoch, batch_idx // trainer.accumulate_grad_batches)
+        shape = tuple(batch[0].shape[-2:])
+        assert shape == (size, size), f"epoch {epoch}, batch {batch_idx}: {shape} px arrived, {size} were planned"
+
+
+class MemoryProbe(Callback):
+    """Before the first step: can the largest planned size be trained in the memory there is?
+
+    On a GPU one micro-batch is computed and thrown away; elsewhere the need is worked out and compared with what is
+    free. So a run fails in its first seconds, not hours later when the largest size comes up.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        net = getattr(pl_module, "net", None)
+        if net is None or trainer.max_epochs is None or trainer.max_epochs < 1:
+            return
+        size = max(max(sizes) for sizes in datamodule.planned_sizes(trainer.max_epochs).values())
+        images = datamodule.plan.micro_batch_size
+        advice = (
+            f"{images} images of {size} px at once do not fit into memory: set "
+            f"trainer.accumulate_grad_batches={2 * trainer.accumulate_grad_batches} or a smaller data.batch_size"
+        )
+        if pl_module.device.type == "cuda":
+            try:
+                _one_step(trainer, pl_module, images, size)
+            except torch.cuda.OutOfMemoryError as error:
+                raise ValueError(advice) from error
+            return
+        free = available_memory()
+        needed = cost(net, size).training_bytes(images, type(trainer.optimizers[0]).__name__)
+        if free is not None and needed > free:
+            raise ValueError(f"{advice} ({needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free)")
+
+
+def _one_step(trainer: Trainer, module: Any, images: int, size: int) -> None:
+    """Forward and backward on zeros, leaving weights, buffers, gradients and random numbers as they were."""
+    buffers = {name: buffer.clone() for name, buffer in module.net.named_buffers()}
+    with torch.random.fork_rng(devices=[module.device]), trainer.precision_plugin.train_step_context():
+        batch = torch.zeros(images, 3, size, size, device=module.device)
+        labels = torch.zeros(images, dtype=torch.int64, device=module.device)
+        module.losses(module.net(batch), labels).mean().backward()
+    for parameter in module.parameters():
+        parameter.grad = None
+    for name, buffer in module.net.named_buffers():
+        buffer.copy_(buffers[name])
+
+
+class Timing(Callback):
+    """`timing.jsonl`: a line an epoch with its seconds, images/s, share of time waited for data, and memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "timing.jsonl"
+        self.images_per_s = self.waiting = 0.0
+        self._start_epoch()
+
+    def _start_epoch(self) -> None:
+        self._images, self._waited, self._began = 0, 0.0, time.perf_counter()
+        self._batch_ended = self._trained = self._began
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start_epoch()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._waited += time.perf_counter() - self._batch_ended
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._images += len(batch[0]) * trainer.world_size
+        self._batch_ended = self._trained = time.perf_counter()
+        elapsed = max(1e-9, self._batch_ended - self._began)
+        self.images_per_s, self.waiting = self._images / elapsed, self._waited / elapsed
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        row = {
+            "epoch": trainer.current_epoch,
+            "images": self._images,
+            "train_seconds": round(self._trained - self._began, 3),
+            "val_seconds": round(time.perf_counter() - self._trained, 3),
+            "images_per_s": round(self.images_per_s, 1),
+            "waiting_for_data": round(self.waiting, 4),
+            "peak_memory_mb": round(peak_memory(pl_module.device) / 1e6),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: on the GPU if there is one, else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Progress(TQDMProgressBar):
+    """A bar with size, loss, images/s and the wait for data, and a line an epoch; without a terminal, the lines."""
+
+    def __init__(self, timing: Timing) -> None:
+        super().__init__(refresh_rate=10 if sys.stderr.isatty() else 0, leave=False)
+        self._timing = timing
+        self._size, self._loss = 0, torch.tensor(0.0)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._size = int(batch[0].shape[-1])
+        self._loss = (outputs["loss"] if isinstance(outputs, dict) else outputs).detach()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return {
+            "px": self._size,
+            "loss": f"{float(self._loss):.3f}",  # waits for the device, but only when the bar is drawn anew
+            **metrics,
+            "images/s": round(self._timing.images_per_s),
+            "wait": f"{self._timing.waiting:.0%}",
+        }
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if not trainer.is_global_zero:
+            return
+        values = trainer.callback_metrics
+        parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", f"{self._size} px"]
+        if "train/loss" in values:
+            parts.append(f"loss {float(values['train/loss']):.3f}")
+        if "val/top1_error" in values:
+            parts.append(f"val error {float(values['val/top1_error']):.2f} %")
+        parts.append(f"{self._timing.images_per_s:.0f} images/s")
+        parts.append(f"{self._timing.waiting:.0%} waiting for data")
+        tqdm.write("  ".join(parts), file=sys.stderr)

@@ -1,0 +1,199 @@
+"""The LightningModule: loss, errors, optimizer and schedule round a net that it is handed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import Metric
+
+from .schedules import Schedule
+
+# Sums of losses are kept in whole numbers of this size, so that they do not depend on the order of adding.
+_LOSS_UNIT = 2.0**-20
+
+
+class Errors(Metric):
+    """Top-1 and top-5 error in percent and mean loss; exact counts, summed over the ranks."""
+
+    full_state_update = False
+    count: Tensor
+    wrong1: Tensor
+    wrong5: Tensor
+    loss: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for state in ("count", "wrong1", "wrong5", "loss"):
+            self.add_state(state, torch.tensor(0, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, scores: Tensor, labels: Tensor, losses: Tensor) -> None:
+        """`scores` (B, K) of any scale, `labels` (B,), `losses` (B,)."""
+        best = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]  # (B, 5)
+        self.count += len(labels)
+        self.wrong1 += (~best[:, 0]).sum()
+        self.wrong5 += (~best.any(1)).sum()
+        self.loss += (losses / _LOSS_UNIT).round().long().sum()
+
+    def compute(self) -> dict[str, float]:
+        count = max(1, int(self.count))
+        return {
+            "top1_error": 100 * int(self.wrong1) / count,
+            "top5_error": 100 * int(self.wrong5) / count,
+            "loss": int(self.loss) * _LOSS_UNIT / count,
+        }
+
+
+class Classifier(LightningModule):
+    """Trains `net`, a module (B, 3, H, W) → logits (B, K), on batches `images, labels`.
+
+    Args:
+        net: any net that takes the sizes that come.
+        optimizer: parameters or parameter groups → optimizer.
+        schedule: a function of `spp_cls.schedules`.
+        label_smoothing: share of the target that is spread over all classes.
+        class_weights: weight of each class in the loss, or None.
+        bias_lr: factor on the learning rate of biases; the released ZF-5 has 2.
+        channels_last: keep maps in the memory format that is faster on most machines.
+        val_sizes: the test size in px of each validation loader; errors of the first are `val/top1_error`, of the
+            others `val/top1_error_180`.
+        seed: of dropout, which is drawn anew for each micro-batch from (seed, rank, its number).
+        identity: plain data that says what the net is (config, classes, pixels); stored in every checkpoint.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: Callable[[Iterable[Any]], Optimizer],
+        schedule: Schedule,
+        label_smoothing: float = 0.0,
+        class_weights: Sequence[float] | None = None,
+        bias_lr: float = 1.0,
+        channels_last: bool = True,
+        val_sizes: Sequence[int] = (224,),
+        seed: int = 0,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.net = net.to(memory_format=torch.channels_last) if channels_last else net
+        self.optimizer, self.schedule = optimizer, schedule
+        self.label_smoothing, self.bias_lr = label_smoothing, bias_lr
+        self.val_sizes, self.seed, self.identity = tuple(val_sizes), seed, identity or {}
+        weights = None if class_weights is None else torch.tensor(list(class_weights), dtype=torch.float32)
+        self.register_buffer("class_weights", weights, persistent=False)
+        self.train_errors = Errors()
+        self.val_errors = nn.ModuleList(Errors() for _ in self.val_sizes)
+        self.test_errors = Errors()
+        self.past_errors: list[float] = []  # val/top1_error of each epoch: what a plateau is seen in
+        self.test_scores: dict[int, tuple[int, Tensor]] = {}  # row in the index → label, scores (K,)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.net(images)
+        return logits
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of each image (B,), weighted by class."""
+        losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=self.label_smoothing)
+        weights = self.class_weights
+        return losses if weights is None else losses * weights[labels]  # type: ignore[index]
+
+    def scores(self, views: Tensor) -> Tensor:
+        """(B, V, 3, h, w) → class probabilities (B, K): the softmax of each view, averaged (He et al. 2014, §3.1.1)."""
+        logits = self.net(views.flatten(0, 1))  # (B·V, K)
+        scores: Tensor = logits.float().softmax(-1)
+        return torch.unflatten(scores, 0, views.shape[:2]).mean(1)  # (B, V, K) → (B, K)
+
+    # Training
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Dropout is a function of where training stands, so that there is no random state to save.
+        number = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        seed = ((self.seed << 44) + (self.trainer.global_rank << 34) + number) % 2**63
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.default_generators[self.device.index or 0].manual_seed(seed)
+        elif self.device.type == "mps":
+            torch.mps.manual_seed(seed)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        logits = self(images)
+        losses = self.losses(logits, labels)
+        self.train_errors.update(logits.detach(), labels, losses.detach())
+        if self.trainer.is_last_batch:  # here, and not at the end of the epoch, where callbacks would come first
+            self._report("train", self.train_errors)
+        return losses.mean()
+
+    def configure_optimizers(self) -> Any:
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        groups = [{"params": [p for name, p in trained if not name.endswith("bias")]}]
+        groups += [{"params": [p for name, p in trained if name.endswith("bias")]}]
+        optimizer = self.optimizer([group for group in groups if group["params"]])
+        if self.bias_lr != 1 and len(optimizer.param_groups) == 2:
+            optimizer.param_groups[1]["lr"] *= self.bias_lr
+        total = max(1, int(self.trainer.estimated_stepping_batches))
+
+        def factor(step: int) -> float:
+            return self.schedule(min(1.0, step / total), self.past_errors)
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # Validation: one view of each image, at fixed sizes
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        images, labels = batch
+        logits = self(images)
+        self._val_errors(dataloader_idx).update(logits, labels, self.losses(logits, labels))
+
+    def _val_errors(self, i: int) -> Errors:
+        errors = self.val_errors[i]
+        assert isinstance(errors, Errors)
+        return errors
+
+    def on_validation_epoch_end(self) -> None:
+        for i, size in enumerate(self.val_sizes):
+            values = self._report("val", self._val_errors(i), f"_{size}" if i else "")
+            if i == 0 and not self.trainer.sanity_checking:
+                self.past_errors.append(values["top1_error"])
+
+    # Testing: scores averaged over views
+
+    def on_test_epoch_start(self) -> None:
+        self.test_scores.clear()
+
+    def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+        views, labels, rows = batch
+        scores = self.scores(views)
+        losses = F.nll_loss(scores.clamp_min(1e-12).log(), labels, reduction="none")
+        self.test_errors.update(scores, labels, losses)
+        for row, label, score in zip(rows.tolist(), labels.tolist(), scores.cpu(), strict=True):
+            self.test_scores[row] = (label, score)
+
+    def on_test_epoch_end(self) -> None:
+        if self.trainer.world_size > 1:
+            gathered: list[Any] = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(gathered, self.test_scores)
+            self.test_scores = {row: scored for part in gathered for row, scored in part.items()}
+        self._report("test", self.test_errors)
+
+    def _report(self, split: str, errors: Errors, suffix: str = "") -> dict[str, float]:
+        values: dict[str, float] = errors.compute()
+        errors.reset()
+        # Not to the loggers: they are written from the history, so that both say the same.
+        named = {f"{split}/{name}{suffix}": value for name, value in values.items()}
+        self.log_dict(named, logger=False, batch_size=1)
+        return values
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["spp_cls"] = {"identity": self.identity, "past_errors": list(self.past_errors)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.past_errors = list(checkpoint.get("spp_cls", {}).get("past_errors", []))

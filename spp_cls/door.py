@@ -1,0 +1,329 @@
+"""The door: command line → config. Hydra reads it; what is wrong with it is said here, in a line, before all else."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import re
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from .run import newest_run, run_folder
+
+Program = Callable[[DictConfig], Any]
+
+# Names that people bring from the well-known Lightning + Hydra templates, and what is meant here.
+HINTS = {
+    "task_name": "name",
+    "paths.data_dir": "data.root",
+    "paths.log_dir": "hydra.run.dir",
+    "paths.output_dir": "hydra.run.dir",
+    "data.data_dir": "data.root",
+    "datamodule": "data",
+    "datamodule.batch_size": "data.batch_size",
+    "data.train_val_test_split": "data.layout.val_share and data.layout.test_share",
+    "model.optimizer": "optimizer",
+    "model.optimizer.lr": "optimizer.lr",
+    "model.optimizer.weight_decay": "optimizer.weight_decay",
+    "model.scheduler": "schedule",
+    "model.compile": "compile",
+    "model.net": "model",
+    "model.lr": "optimizer.lr",
+    "model.learning_rate": "optimizer.lr",
+    "learning_rate": "optimizer.lr",
+    "lr": "optimizer.lr",
+    "epochs": "trainer.max_epochs",
+    "max_epochs": "trainer.max_epochs",
+    "batch_size": "data.batch_size",
+    "trainer.gpus": "trainer.devices",
+    "scheduler": "schedule",
+    "extras.print_config": "--cfg job --resolve",
+    "extras.enforce_tags": "tags",
+    "img_size": "data.region",
+    "ckpt": "ckpt_path",
+    "resume": "ckpt_path",
+    "levels": "model.levels",
+    "size": "sizes",
+}
+
+
+def register_resolvers() -> None:
+    """What the configs compute by.
+
+    `${px:180,${data.region}}`: 180 px at a region of 224, in proportion else. `${choice:model}`: which file of the
+    group was chosen. `${run_id:}`: four hex digits, the same throughout a command.
+    """
+    OmegaConf.register_new_resolver("px", lambda size, region: round(size * region / 224), replace=True)
+    OmegaConf.register_new_resolver("choice", _choice, replace=True)
+    OmegaConf.register_new_resolver("run_id", lambda: uuid.uuid4().hex[:4], use_cache=True, replace=True)
+
+
+_choices_of_command: dict[str, str] = {}  # Hydra names the folder of a grid before its own choices can be asked for
+
+
+def _choice(group: str) -> str:
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else _choices_of_command
+    return str(choices.get(group, group))
+
+
+def conf_folder() -> Path:
+    """Where the configs lie: in the installed package, or at the top of a checkout."""
+    here = Path(__file__).resolve().parent
+    return next(folder for folder in (here / "conf", here.parent / "conf") if folder.is_dir())
+
+
+def open_door(verb: str, program: Program, arguments: list[str]) -> None:
+    """Run `program` on the config `verb` of the command line `arguments`, as Hydra would.
+
+    A `conf` folder in the working folder adds to ours, and modules of the working folder can be named by `_target_`.
+    The user's mistakes end with one line and exit code 2; HYDRA_FULL_ERROR=1 gives the traceback.
+    """
+    register_resolvers()
+    sys.path.insert(0, os.getcwd())
+    try:
+        # Hydra has no null for a group.
+        arguments = [f"{word[:-4]}none" if word in ("logger=null", "callbacks=null") else word for word in arguments]
+        arguments = [word for word in arguments if word not in ("experiment=null", "debug=null", "hparams_search=null")]
+        arguments = [*arguments, *_own_conf(arguments)]
+        arguments = _go_on(arguments)
+        if not _only_asks(arguments):
+            _check(verb, arguments)
+    except ValueError as error:
+        fail(verb, error)
+    command_line = sys.argv
+
+    def task(config: DictConfig) -> Any:
+        sys.argv = command_line  # what Lightning starts further ranks with
+        try:
+            return program(config)
+        except ValueError as error:
+            if os.environ.get("HYDRA_FULL_ERROR"):
+                raise
+            _leave_nothing(Path(HydraConfig.get().runtime.output_dir))
+            fail(verb, error)
+        except Exception as error:
+            if type(error).__name__ != "MisconfigurationException" or os.environ.get("HYDRA_FULL_ERROR"):
+                raise
+            fail(verb, error)
+
+    sys.argv = [sys.argv[0], *arguments]
+    hydra.main(config_path=str(conf_folder()), config_name=verb, version_base="1.3")(task)()
+
+
+def fail(verb: str, error: BaseException | str) -> NoReturn:
+    """One line on standard error, exit code 2."""
+    print(f"spp {verb}: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """`; did you mean …?` for the word that is nearest, or nothing."""
+    words = [str(w) for w in words]
+    found = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _nearest_key(wrong: str, keys: list[str]) -> str:
+    """The key whose last part is nearest, of these the one whose whole is; else the one whose whole is nearest."""
+    top = difflib.get_close_matches(wrong, [key for key in keys if "." not in key], n=1, cutoff=0.6)
+    if top and "." not in wrong:
+        return f"; did you mean {top[0]}?"
+    last = wrong.rpartition(".")[2]
+    parts = difflib.get_close_matches(last, {key.rpartition(".")[2] for key in keys}, n=1, cutoff=0.75)
+    same = [key for key in keys if parts and key.rpartition(".")[2] == parts[0]]
+    best = difflib.get_close_matches(wrong, same or keys, n=1, cutoff=0.0 if same else 0.75)
+    return f"; did you mean {best[0]}?" if best else ""
+
+
+def _own_conf(arguments: list[str]) -> list[str]:
+    own = Path.cwd() / "conf"
+    if not own.is_dir() or own.resolve() == conf_folder().resolve():
+        return []
+    if any("hydra.searchpath" in argument for argument in arguments):
+        return []
+    return [f"hydra.searchpath=[file://{own}]"]
+
+
+def _go_on(arguments: list[str]) -> list[str]:
+    """`ckpt_path=` of a run folder, or last: that run's own overrides come first, and its folder is written on."""
+    given = [argument for argument in arguments if argument.startswith("ckpt_path=")]
+    value = given[-1].partition("=")[2].strip("\"'") if given else ""
+    if value in ("", "null"):
+        return arguments
+    if value in ("last", "best"):
+        folder = newest_run(Path("runs"))
+    elif Path(value).is_file() and not any((p / "config.yaml").is_file() for p in Path(value).parents[:2]):
+        return arguments  # a checkpoint that lies by itself: its weights and position, our config
+    else:
+        folder = run_folder(value)
+    kept = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
+    own = [argument for argument in arguments if argument not in given]
+    checkpoint = value if Path(value).is_file() else folder / "checkpoints" / "last.ckpt"
+    if value == "best":
+        raise ValueError("ckpt_path=best: best.ckpt is for testing; training goes on from ckpt_path=last")
+    before = [str(override) for override in kept if not str(override).startswith("ckpt_path=")]
+    return [*before, *own, f"ckpt_path='{checkpoint}'", f"hydra.run.dir='{folder}'"]
+
+
+def _only_asks(arguments: list[str]) -> bool:
+    asks = ("--help", "-h", "--hydra-help", "--version", "--shell-completion", "-sc")
+    return any(argument.split("=")[0] in asks for argument in arguments)
+
+
+def _check(verb: str, arguments: list[str]) -> None:
+    """Compose once beforehand, so that what is wrong can be said in one line with the nearest right word."""
+    parsed, unknown = get_args_parser().parse_known_args(arguments)
+    flags = [word for word in unknown if word.startswith("-")]
+    if flags:
+        raise ValueError(f"{flags[0]}: no such option; settings are given as key=value, see spp {verb} --help")
+    words = [*parsed.overrides, *unknown]
+    for word in words:
+        if "=" not in word and not word.startswith("~"):
+            raise ValueError(f"{word}: settings are given as key=value, see spp {verb} --help")
+    overrides = _parse(words)
+    if parsed.config_dir:
+        words.append(f"hydra.searchpath=[file://{Path(parsed.config_dir).resolve()}]")
+    sweeps = {i: _choices(o) for i, o in enumerate(overrides) if o.is_sweep_override()}
+    if sweeps and not parsed.multirun:
+        one = overrides[next(iter(sweeps))].input_line
+        raise ValueError(f"{one}: several values; for a run each add -m, for a list write [ ] round them")
+    first = [sweeps[i][0] if i in sweeps else word for i, word in enumerate(words)]
+    name = parsed.config_name or verb
+    _compose_or_explain(name, first, overrides)
+    for i, choices in sweeps.items():
+        for choice in choices[1:]:
+            _compose_or_explain(name, [choice if j == i else word for j, word in enumerate(first)], overrides)
+
+
+def _check_types(config: DictConfig, defaults: DictConfig) -> None:
+    """A number stays a number, a list a list: else the mistake would show up deep in somebody's code."""
+    for key in _dotted(defaults):
+        before, now = (OmegaConf.select(c, key, throw_on_resolution_failure=False) for c in (defaults, config))
+        if key.startswith(("trainer", "hydra")) or before is None or now is None:
+            continue
+        if isinstance(before, ListConfig) and not OmegaConf.is_config(now):
+            raise ValueError(f"{key}={now}: takes a list, like [{', '.join(map(str, before))}]")
+        if isinstance(before, bool) and not isinstance(now, bool):
+            raise ValueError(f"{key}={now}: takes true or false")
+        if isinstance(before, int | float) and not isinstance(now, int | float):
+            raise ValueError(f"{key}={now}: takes a number, like {before}")
+
+
+def _parse(words: list[str]) -> list[Override]:
+    parser = OverridesParser.create()
+    overrides = []
+    for word in words:
+        try:
+            overrides.append(parser.parse_override(word))
+        except HydraException as error:
+            line = str(error).splitlines()[0]
+            raise ValueError(f"{word}: cannot be read as key=value ({line}); quote what has spaces or commas") from None
+    return overrides
+
+
+def _choices(override: Override) -> list[str]:
+    if not override.is_choice_sweep() and not override.is_range_sweep():
+        return [f"{override.get_key_element()}={override.get_value_element_as_str()}"]
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+
+
+def _compose(name: str, words: list[str]) -> DictConfig:
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3", job_name=name):
+        config = hydra.compose(name, words, return_hydra_config=True)
+        _choices_of_command.update({str(k): str(v) for k, v in config.hydra.runtime.choices.items()})
+        with open_dict(config):
+            del config["hydra"]
+        return config
+
+
+def _compose_or_explain(name: str, words: list[str], overrides: list[Override]) -> None:
+    try:
+        config = _compose(name, words)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_explain(name, words, str(error))) from None
+    groups = [word for word, override in zip(words, overrides, strict=False) if override.get_key_element() in _groups()]
+    _check_types(config, _compose(name, groups))
+    missing = [key for key in _dotted(config) if _is_missing(config, key)]
+    if missing:
+        raise ValueError(f"{missing[0]} has no value: give one, like {missing[0]}=…")
+    added = [o.key_or_group.partition(".")[0] for o in overrides if o.is_add() or o.is_force_add()]
+    known = set(_compose(name, [])) if added else set()
+    for key in added:
+        if key not in known and key != "hydra" and not (conf_folder() / key).is_dir():
+            own = Path.cwd() / "conf" / key
+            if not own.is_dir():
+                raise ValueError(f"+{key}: nothing here reads that key{nearest(key, known)}")
+
+
+def _explain(name: str, words: list[str], message: str) -> str:
+    """Hydra's message as one line, with the nearest right word."""
+    group = re.search(r"Could not find '([^']+)'", message) or re.search(r"'([^']+)' not found", message)
+    if group and "/" in group[1]:
+        kind, _, option = group[1].rpartition("/")
+        options = re.findall(r"^\t(\w+)$", message, re.MULTILINE)
+        listed = f" ({', '.join(options)})" if options else ""
+        return f"{kind}={option}: there is no {kind} of that name{nearest(option, options) or '; choose one'}{listed}"
+    key = re.search(r"Could not override '([^']+)'", message) or re.search(r"Key '([^']+)' is not in", message)
+    if key:
+        full = re.search(r"full_key: (\S+)", message)
+        wrong = key[1].partition("@")[0]
+        wrong = full[1] if full and full[1].endswith(wrong) else wrong
+        template = difflib.get_close_matches(wrong, HINTS, n=1, cutoff=0.9)
+        if template:
+            return f"{wrong}: there is no such key; here it is called {HINTS[template[0]]}"
+        others = [word for word in words if word.lstrip("+~").partition("=")[0] != wrong]
+        try:
+            keys = _dotted(_compose(name, others))
+        except (HydraException, OmegaConfBaseException):
+            keys = _dotted(_compose(name, []))
+        return f"{wrong}: there is no such key{_nearest_key(wrong, keys) or f'; see spp {name} --cfg job'}"
+    return message.splitlines()[0]
+
+
+def _is_missing(config: DictConfig, key: str) -> bool:
+    folder, _, last = key.rpartition(".")
+    return bool(OmegaConf.is_missing(OmegaConf.select(config, folder) if folder else config, last))
+
+
+def _groups() -> list[str]:
+    return [folder.name for folder in conf_folder().iterdir() if folder.is_dir()]
+
+
+def _dotted(config: Any, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key in config:
+        keys.append(f"{prefix}{key}")
+        child = config._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+            keys += _dotted(child, f"{prefix}{key}.")
+    return keys
+
+
+def _leave_nothing(folder: Path) -> None:
+    """Remove a run folder in which nothing has begun."""
+    if (folder / ".hydra").is_dir() and not (folder / "config.yaml").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()  # only if it is empty
+
+
+def is_multirun() -> bool:
+    """Whether this run is one of several of a command with -m."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN

@@ -1,0 +1,220 @@
+"""`spp evaluate`: test one run, or several averaged, on the pictures and the preprocessing of the run itself."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from .door import open_door
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning import Trainer
+
+    from .classifier import Classifier
+    from .data import MultiSizeDataModule, Views
+
+Scores = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+
+
+def evaluate(
+    classifier: Classifier,
+    datamodule: MultiSizeDataModule,
+    trainer: Trainer,
+    views: Views,
+    split: str = "test",
+) -> tuple[Labels, Labels, Scores]:
+    """Rows in the index (n,), labels (n,) and class probabilities (n, K) of every image of `split`, once each."""
+    datamodule.views, datamodule.test_split = datamodule.sized(views), split
+    trainer.test(classifier, datamodule=datamodule, verbose=False)
+    rows = sorted(classifier.test_scores)
+    labels = [classifier.test_scores[row][0] for row in rows]
+    scores = [classifier.test_scores[row][1].numpy() for row in rows]
+    return np.array(rows), np.array(labels), np.stack(scores)
+
+
+def errors(labels: Labels, scores: Scores) -> dict[str, float]:
+    """Top-1 and top-5 error in percent."""
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :5] == labels[:, None]
+    return {
+        "top1_error": 100 * float(1 - best[:, 0].mean()),
+        "top5_error": 100 * float(1 - best.any(1).mean()),
+    }
+
+
+def same_pictures(a: MultiSizeDataModule, b: MultiSizeDataModule, split: str) -> bool:
+    """Whether `split` has the same pictures, labels and classes in both, so that scores can be averaged."""
+    assert a.index is not None and b.index is not None
+    rows_a, rows_b = a.index.rows(split), b.index.rows(split)
+    return (
+        a.classes == b.classes
+        and np.array_equal(a.index.paths[rows_a], b.index.paths[rows_b])
+        and np.array_equal(a.index.labels[rows_a], b.index.labels[rows_b])
+    )
+
+
+def confusion_matrix(labels: Labels, scores: Scores) -> Labels:
+    """(K, K) counts: row is the label, column the answer."""
+    matrix = np.zeros((scores.shape[1], scores.shape[1]), np.int64)
+    np.add.at(matrix, (labels, scores.argmax(1)), 1)
+    return matrix
+
+
+def per_class(matrix: Labels, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """A row a class: images, top-1 error in percent, precision in percent, and the class it is taken for most."""
+    rows = []
+    for k, name in enumerate(classes):
+        images, answered, right = int(matrix[k].sum()), int(matrix[:, k].sum()), int(matrix[k, k])
+        wrong = matrix[k].copy()
+        wrong[k] = 0
+        rows.append(
+            {
+                "class": name,
+                "images": images,
+                "top1_error": round(100 * (1 - right / images), 2) if images else None,
+                "precision": round(100 * right / answered, 2) if answered else None,
+                "taken_for": classes[int(wrong.argmax())] if wrong.any() else None,
+            }
+        )
+    return rows
+
+
+def run(config: DictConfig) -> float:
+    """Everything that `spp evaluate` does with a config; gives the top-1 error."""
+    from . import build
+    from .data import Views
+    from .recalibrate import recalibrate
+    from .run import write_json
+
+    paths = [config.run] if isinstance(config.run, str) else list(config.run)
+    views = build.instantiate(config.views, "views")
+    assert isinstance(views, Views)
+    runs = [build.load_run(path, config.ckpt, config.trust) for path in paths]
+    all_scores: list[Scores] = []
+    first: MultiSizeDataModule | None = None
+    for each in runs:
+        classifier = build.restore_classifier(each)
+        datamodule = build.restore_datamodule(each, classifier, config.root)
+        if config.batch_size:
+            datamodule.batch_size = config.batch_size
+        if config.num_workers is not None:
+            datamodule.num_workers = config.num_workers
+        assert datamodule.index is not None
+        rows = datamodule.index.rows(config.split)
+        first = first or datamodule
+        if not same_pictures(first, datamodule, config.split):
+            raise ValueError(f"run={each.folder}: its {config.split} pictures are not those of {runs[0].folder}")
+        if not len(rows):
+            raise ValueError(f"split={config.split}: {datamodule.root} has no such pictures")
+        if config.batch_norm == "recalibrated":
+            size = datamodule.sized(views).size
+            assert size is not None
+            recalibrate(classifier.net, datamodule, size, config.recalibration_images)
+        elif config.batch_norm != "shared":
+            raise ValueError(f"batch_norm={config.batch_norm}: use shared or recalibrated")
+        trainer = build.build_trainer(config, None)
+        rows, labels, scores = evaluate(classifier, datamodule, trainer, views, config.split)
+        all_scores.append(scores)
+        if len(runs) > 1:
+            print(f"{each.folder}: top-1 error {errors(labels, scores)['top1_error']:.2f} %", file=sys.stderr)
+    assert first is not None
+    mean = np.stack(all_scores).mean(0, dtype=np.float64).astype(np.float32)
+    size = first.sized(views).size
+
+    name = f"{config.split}_{views.crops}_{size}" + ("_recalibrated" if config.batch_norm != "shared" else "")
+    name += "" if config.ckpt == "last" else f"_{config.ckpt}"
+    here = Path(HydraConfig.get().runtime.output_dir) if len(runs) > 1 else runs[0].folder / "evaluations" / name
+    folder = Path(config.output) if config.output else here
+    found = errors(labels, mean)
+    classes = first.classes
+    matrix = confusion_matrix(labels, mean)
+    index = first.index
+    assert index is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_csv(folder / "per_class.csv", per_class(matrix, classes))
+    _write_csv(
+        folder / "confusion_matrix.csv",
+        [
+            {"label": name, **dict(zip(classes, row, strict=True))}
+            for name, row in zip(classes, matrix.tolist(), strict=True)
+        ],
+    )
+    (folder / "confusion_matrix.svg").write_text(draw_confusion_matrix(matrix, classes))
+    np.savez(
+        folder / "scores.npz",
+        paths=index.paths[rows],
+        labels=labels,
+        scores=mean,
+        classes=np.array(classes),
+    )
+    write_json(
+        folder / "results.json",
+        {
+            "runs": [str(each.folder) for each in runs],
+            "checkpoints": [each.checkpoint.name for each in runs],
+            "split": config.split,
+            "views": views.crops,
+            "size": size,
+            "batch_norm": config.batch_norm,
+            "images": len(rows),
+            **found,
+        },
+    )
+    print(
+        f"{config.split} error of {len(rows)} images ({views.crops}, {size} px"
+        f"{f', {len(runs)} nets averaged' if len(runs) > 1 else ''}): "
+        f"top-1 {found['top1_error']:.2f} %, top-5 {found['top5_error']:.2f} %\nall of it: {folder}"
+    )
+    return found["top1_error"]
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw_confusion_matrix(matrix: Labels, classes: Sequence[str]) -> str:
+    """An SVG: rows are labels, columns answers, shade the share of the row; a cell tells its count when pointed at."""
+    from html import escape
+
+    cell = 22 if len(classes) <= 40 else 9
+    margin = 8 + 7 * max(len(name) for name in classes)
+    side = margin + cell * len(classes) + 20
+    shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{side}" height="{side}" font-family="sans-serif" '
+        f'font-size="{min(12, cell)}"><rect width="100%" height="100%" fill="white"/>'
+    ]
+    for i, name in enumerate(classes):
+        at = margin + cell * (i + 0.75)
+        text = escape(name)
+        parts.append(f'<text x="{margin - 5}" y="{at:.1f}" text-anchor="end">{text}</text>')
+        parts.append(f'<text transform="translate({at:.1f} {margin - 5}) rotate(-90)">{text}</text>')
+        for j, other in enumerate(classes):
+            colour = "#2166ac" if i == j else "#b2182b"
+            parts.append(
+                f'<rect x="{margin + cell * j}" y="{margin + cell * i}" width="{cell}" height="{cell}" '
+                f'fill="{colour}" fill-opacity="{shares[i, j]:.3f}" stroke="#ddd" stroke-width="0.5">'
+                f"<title>{text} → {escape(other)}: {matrix[i, j]}</title></rect>"
+            )
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The door."""
+    open_door("evaluate", run, sys.argv[1:] if arguments is None else arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""`spp predict`: class and probability of pictures, by a run alone; its training pictures need not be there."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from omegaconf import DictConfig
+
+from .door import open_door
+
+if TYPE_CHECKING:
+    from .classifier import Classifier
+    from .data import Views
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The best classes of one picture with their probabilities, best first; or why it could not be read."""
+
+    path: Path
+    classes: tuple[str, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    error: str = ""
+
+
+def predict(classifier: Classifier, paths: list[Path], views: Views, top: int = 5) -> Iterator[Prediction]:
+    """A `Prediction` for each picture, in order."""
+    import torch
+
+    from .data.device import normalise
+    from .data.source import read_views
+
+    known = classifier.identity
+    with torch.inference_mode():
+        for path in paths:
+            try:
+                pixels = read_views(path, views, known["resize"], known["region"])  # (V, 3, h, w)
+            except ValueError as error:
+                yield Prediction(path, error=str(error))
+                continue
+            images = normalise(pixels[None].to(classifier.device), known["mean"], known["std"])
+            best = classifier.scores(images)[0].topk(min(top, len(known["classes"])))
+            names = tuple(known["classes"][k] for k in best.indices.tolist())
+            yield Prediction(path, names, tuple(best.values.tolist()))
+
+
+def pictures(paths: list[str]) -> list[Path]:
+    """The files that `paths` name; of a folder all pictures in it and below."""
+    from .data.layouts import SUFFIXES
+
+    found: list[Path] = []
+    for given in map(Path, paths):
+        if given.is_dir():
+            inside = sorted(
+                path for path in given.rglob("*") if path.is_file() and path.name.lower().endswith(SUFFIXES)
+            )
+            if not inside:
+                raise ValueError(f"{given}: no pictures in this folder")
+            found += inside
+        elif given.is_file():
+            found.append(given)
+        else:
+            raise ValueError(f"{given} does not exist; name pictures or folders of pictures")
+    return found
+
+
+def write(predictions: Iterator[Prediction], format: str, file: TextIO) -> int:
+    """Write them as `table`, `csv` or `jsonl`; gives how many pictures could not be read."""
+    if format not in ("table", "csv", "jsonl"):
+        raise ValueError(f"format={format}: use table, csv or jsonl")
+    bad = 0
+    writer = csv.writer(file)
+    if format == "csv":
+        writer.writerow(["path", "class", "probability", "top"])
+    for p in predictions:
+        if p.error:
+            bad += 1
+            print(f"spp predict: {p.error}", file=sys.stderr)
+            continue
+        top = dict(zip(p.classes, (round(x, 6) for x in p.probabilities), strict=True))
+        if format == "csv":
+            writer.writerow([p.path, p.classes[0], f"{p.probabilities[0]:.6f}", json.dumps(top)])
+        elif format == "jsonl":
+            row: dict[str, Any] = {
+                "path": str(p.path),
+                "class": p.classes[0],
+                "probability": p.probabilities[0],
+            }
+            file.write(json.dumps({**row, "top": top}) + "\n")
+        else:
+            rest = "  ".join(f"{name} {x:.1%}" for name, x in list(zip(p.classes, p.probabilities, strict=True))[1:])
+            file.write(f"{p.path}  {p.classes[0]} {p.probabilities[0]:.1%}   ({rest})\n")
+    return bad
+
+
+def run(config: DictConfig) -> None:
+    """Everything that `spp predict` does with a config."""
+    import torch
+
+    from . import build
+    from .data import Views
+
+    if not config.paths:
+        raise ValueError("no pictures named; give paths of pictures or folders, like spp predict run=… a.jpg b.png")
+    paths = pictures(list(config.paths))
+    views = build.instantiate(config.views, "views")
+    classifier = build.restore_classifier(build.load_run(config.run, config.ckpt, config.trust))
+    views = Views(views.crops, views.size or classifier.identity["region"])
+    if config.device == "auto":
+        classifier.to("cuda" if torch.cuda.is_available() else "cpu")
+    else:
+        try:
+            classifier.to(config.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device={config.device}: {str(error).splitlines()[0]}; use auto or cpu") from error
+    predictions = predict(classifier, paths, views, config.top)
+    if config.output:
+        with Path(config.output).open("w", newline="") as file:
+            bad = write(predictions, config.format, file)
+    else:
+        bad = write(predictions, config.format, sys.stdout)
+    if bad:
+        raise ValueError(f"{bad} of {len(paths)} pictures could not be read; they are named above")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The door; words that name a picture or are no key=value are paths."""
+    settings: list[str] = []
+    paths: list[str] = []
+    for word in sys.argv[1:] if arguments is None else arguments:
+        is_setting = word.startswith(("-", "+", "~")) or "=" in word
+        (settings if is_setting and not Path(word).exists() else paths).append(word)
+    if paths:
+        quoted = ",".join("'" + path.replace("\\", "\\\\").replace("'", "\\'") + "'" for path in paths)
+        settings.append(f"paths=[{quoted}]")
+    open_door("predict", run, settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""The run folder: what a training run leaves behind, written and read here and nowhere else.
+
+config.yaml       the whole config, resolved        history.jsonl   a line a step, a line an epoch
+environment.json  command, commit, versions, hashes  timing.jsonl    where the time went
+results.json      errors at the end                  checkpoints/    last.ckpt, best.ckpt
+tensorboard/      if that logger is on               evaluations/    what `spp evaluate` wrote
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+CHECKPOINTS = "checkpoints"
+_PACKAGES = (
+    "spp_cls",
+    "torch",
+    "torchvision",
+    "lightning",
+    "torchmetrics",
+    "hydra-core",
+    "numpy",
+    "pillow",
+    "wandb",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished or unfinished run: its folder, its config, and the checkpoint that was asked for."""
+
+    folder: Path
+    config: dict[str, Any]
+    checkpoint: Path
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What `results.json` holds; empty where there is none yet."""
+        path = self.folder / "results.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def run_folder(path: str | Path) -> Path:
+    """The run folder that `path` is, or that the checkpoint `path` lies in."""
+    given = Path(path)
+    for folder in (given, *given.parents[:2]):
+        if (folder / "config.yaml").is_file():
+            return folder
+    reason = "does not exist" if not given.exists() else "holds no config.yaml, so it is no run folder"
+    raise ValueError(f"run={given} {reason}; name a folder that spp train made, like runs/shapes-tiny/<date>_<time>_…")
+
+
+def find_checkpoint(path: str | Path, which: str = "last") -> Path:
+    """A checkpoint file: `path` itself, or `last` or `best` of a run folder."""
+    given = Path(path)
+    if given.is_file():
+        return given
+    checkpoint = run_folder(given) / CHECKPOINTS / f"{which}.ckpt"
+    if not checkpoint.is_file():
+        raise ValueError(f"{checkpoint} does not exist; the run has saved no {which!r} checkpoint")
+    return checkpoint
+
+
+def newest_run(runs: Path) -> Path:
+    """The run folder below `runs` that was begun last."""
+    configs = sorted(runs.glob("**/config.yaml"), key=lambda path: path.parent.name)
+    if not configs:
+        raise ValueError(f"{runs}: no run there yet; name a run folder or a checkpoint")
+    return configs[-1].parent
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    os.replace(beside, path)
+
+
+def digest(text: str) -> str:
+    """A short hash to tell two configs apart."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def environment(config_yaml: str, index_digest: str) -> dict[str, Any]:
+    """What a result depends on beside the config: command, commit, versions, machine, hashes."""
+    import torch
+
+    versions: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "command": sys.argv,
+        "folder": os.getcwd(),
+        "commit": _git("rev-parse", "HEAD"),
+        "diff": _git("diff", "HEAD"),
+        "python": platform.python_version(),
+        "versions": versions,
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "config_hash": digest(config_yaml),
+        "index_hash": index_digest,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

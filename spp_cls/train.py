@@ -1,0 +1,89 @@
+"""`spp train`: train a net and test it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from .door import is_multirun, open_door
+
+if TYPE_CHECKING:
+    from lightning import LightningDataModule, LightningModule, Trainer
+
+
+def train(
+    classifier: LightningModule,
+    datamodule: LightningDataModule,
+    trainer: Trainer,
+    ckpt_path: str | Path | None = None,
+    test: bool = True,
+) -> dict[str, float]:
+    """Fit, then test with the last weights; the errors and losses at the end by name (`val/top1_error` …)."""
+    trainer.fit(classifier, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if test and not trainer.interrupted:
+        trainer.test(classifier, datamodule=datamodule, verbose=False)
+        metrics.update({name: float(value) for name, value in trainer.callback_metrics.items()})
+    return metrics
+
+
+def run(config: DictConfig) -> float | None:
+    """Everything that `spp train` does with a config; gives `optimized_metric` for sweepers."""
+    from . import build
+    from .run import environment, find_checkpoint, write_json
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    several_ranks = config.trainer.devices not in (1, "1") or config.trainer.num_nodes != 1
+    if is_multirun() and several_ranks:
+        raise ValueError(
+            f"trainer.devices={config.trainer.devices} with -m: further ranks would run the whole grid again; "
+            "start each of its runs by a command of its own"
+        )
+    datamodule = build.build_datamodule(config)
+    identity = build.identity(config, datamodule)
+    classifier = build.build_classifier(config, identity, build.class_weights(config, datamodule))
+    trainer = build.build_trainer(config, folder)
+    ckpt_path = find_checkpoint(config.ckpt_path) if config.ckpt_path else None
+
+    assert datamodule.index is not None
+    if trainer.is_global_zero:
+        resolved = OmegaConf.to_yaml(config, resolve=True)
+        (folder / "config.yaml").write_text(resolved)
+        write_json(folder / "environment.json", environment(resolved, datamodule.index.digest))
+        parameters = sum(p.numel() for p in classifier.net.parameters())
+        print(f"{datamodule.index.describe()}\nnet: {parameters:,} parameters\nrun: {folder}", file=sys.stderr)
+
+    metrics = train(classifier, datamodule, trainer, ckpt_path, config.test)
+
+    if trainer.is_global_zero:
+        write_json(folder / "results.json", {"epochs": trainer.current_epoch, **metrics})
+        _say_where(folder, metrics, config)
+    name = config.optimized_metric
+    if name and name not in metrics and not config.trainer.fast_dev_run:
+        raise ValueError(f"optimized_metric={name}: no such metric; there are {', '.join(sorted(metrics))}")
+    return metrics.get(name) if name else None
+
+
+def _say_where(folder: Path, metrics: dict[str, Any], config: DictConfig) -> None:
+    if "test/top1_error" in metrics:
+        errors = f"top-1 {metrics['test/top1_error']:.2f} %, top-5 {metrics['test/top5_error']:.2f} %"
+        print(f"test error ({config.views.crops}): {errors}")
+    print(f"all of it: {folder}")
+    if (folder / "tensorboard").is_dir():
+        print(f"look:      tensorboard --logdir {folder.parent}")
+    if (folder / "checkpoints").is_dir():
+        print(f"test more: spp evaluate run={folder} views=ten_crop")
+        print(f"use it:    spp predict run={folder} PICTURE…")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The door."""
+    open_door("train", run, sys.argv[1:] if arguments is None else arguments)
+
+
+if __name__ == "__main__":
+    main()
