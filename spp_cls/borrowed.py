@@ -15,7 +15,8 @@ from .models.initialise import load_weights
 from .models.sppnet import bins_rule
 
 # What stands behind the convolutions in torchvision's classifiers; children are declared in the order they run in.
-_HEADS = ("avgpool", "fc", "classifier", "head", "heads", "flatten", "dropout", "AuxLogits", "aux1", "aux2")
+_HEADS = ("avgpool", "fc", "classifier", "head", "heads", "flatten", "dropout")
+_SIDE_HEADS = ("AuxLogits", "aux1", "aux2")  # of Inception and GoogLeNet in training; the first stands amid the layers
 
 
 class Body(nn.Sequential):
@@ -35,8 +36,9 @@ class Body(nn.Sequential):
         try:
             with torch.no_grad():
                 out = self.eval()(torch.zeros(1, 3, 128, 128))
-        except (RuntimeError, IndexError, TypeError) as error:
-            raise ValueError(f"takes no image of 128 px ({str(error).splitlines()[0][:80]})") from error
+        except (RuntimeError, IndexError, TypeError, AssertionError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0][:80]
+            raise ValueError(f"takes no image of 128 px ({reason})") from error
         finally:
             self.train(mode)
         if not isinstance(out, Tensor) or out.ndim != 4:
@@ -50,7 +52,8 @@ def convolutions(net: nn.Module, frozen: bool = False) -> Body:
     for name, child in net.named_children():
         if name in _HEADS:
             break
-        layers[name] = child
+        if name not in _SIDE_HEADS:
+            layers[name] = child
     if list(layers) == ["features"] and isinstance(net.features, nn.Sequential):
         layers = OrderedDict(net.features.named_children())
         if isinstance(net, torchvision.models.DenseNet):
@@ -95,12 +98,13 @@ def torchvision_net(
         net = torchvision.models.get_model(name, weights=None if from_file else weights)
     except OSError as error:
         raise ValueError(f"model.weights={weights}: cannot be downloaded ({error}); name a file instead") from error
+    if weights is not None and getattr(net, "transform_input", False):
+        raise ValueError(f"model.weights={weights}: {name} was trained on pixels of another scale; use another net")
     if from_file:
         assert weights is not None
-        state = torch.load(weights, map_location="cpu", weights_only=True)
         try:
-            net.load_state_dict(state)
-        except (RuntimeError, TypeError) as error:
+            net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        except Exception as error:
             raise ValueError(f"model.weights={weights}: not the weights of {name}") from error
     try:
         body = convolutions(net, frozen)

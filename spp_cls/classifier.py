@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,6 +18,8 @@ from .schedules import Schedule
 
 # Sums of losses are kept in whole numbers of this size, so that they do not depend on the order of adding.
 _LOSS_UNIT = 2.0**-20
+_LARGEST_LOSS = 2.0**20  # what is more counts as this, so that the sum over eight million images fits
+_STATES = ("count", "wrong1", "wrong5", "loss", "not_finite")
 
 
 class Errors(Metric):
@@ -26,10 +30,11 @@ class Errors(Metric):
     wrong1: Tensor
     wrong5: Tensor
     loss: Tensor
+    not_finite: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        for state in ("count", "wrong1", "wrong5", "loss"):
+        for state in _STATES:
             self.add_state(state, torch.tensor(0, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, scores: Tensor, labels: Tensor, losses: Tensor) -> None:
@@ -38,15 +43,28 @@ class Errors(Metric):
         self.count += len(labels)
         self.wrong1 += (~best[:, 0]).sum()
         self.wrong5 += (~best.any(1)).sum()
-        self.loss += (losses / _LOSS_UNIT).round().long().sum()
+        finite = losses.isfinite()  # no whole number stands for the others
+        self.not_finite += (~finite).sum()
+        self.loss += (losses.where(finite, 0).clamp(max=_LARGEST_LOSS) / _LOSS_UNIT).round().long().sum()
 
     def compute(self) -> dict[str, float]:
+        """The loss is nan where one of the losses was infinite or nan."""
         count = max(1, int(self.count))
         return {
             "top1_error": 100 * int(self.wrong1) / count,
             "top5_error": 100 * int(self.wrong5) / count,
-            "loss": int(self.loss) * _LOSS_UNIT / count,
+            "loss": math.nan if self.not_finite else int(self.loss) * _LOSS_UNIT / count,
         }
+
+    def sums(self) -> list[int]:
+        """What all ranks have counted so far; called on all of them at once."""
+        with self.sync_context():
+            return [int(getattr(self, state)) for state in _STATES]
+
+    def go_on_from(self, sums: Sequence[int]) -> None:
+        """Count on from `sums`; called on one rank alone."""
+        for state, value in zip(_STATES, sums, strict=True):
+            getattr(self, state).fill_(value)
 
 
 class Classifier(LightningModule):
@@ -113,7 +131,9 @@ class Classifier(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout is a function of where training stands, so that there is no random state to save.
         number = self.trainer.fit_loop.epoch_loop.total_batch_idx
-        seed = ((self.seed << 44) + (self.trainer.global_rank << 34) + number) % 2**63
+        # A hash, because torch's generator on a CPU looks at the lower 32 bits of a seed alone.
+        place = f"{self.seed}/{self.trainer.global_rank}/{number}".encode()
+        seed = int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little") >> 1
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index or 0].manual_seed(seed)
@@ -193,7 +213,14 @@ class Classifier(LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["spp_cls"] = {"identity": self.identity, "past_errors": list(self.past_errors)}
+        checkpoint["spp_cls"] = {
+            "identity": self.identity,
+            "past_errors": list(self.past_errors),
+            "train_errors": self.train_errors.sums(),  # of the epoch that is under way
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.past_errors = list(checkpoint.get("spp_cls", {}).get("past_errors", []))
+        ours = checkpoint.get("spp_cls", {})
+        self.past_errors = list(ours.get("past_errors", []))
+        if "train_errors" in ours and self.global_rank == 0:  # the sum over the ranks, so one of them takes it
+            self.train_errors.go_on_from(ours["train_errors"])

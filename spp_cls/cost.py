@@ -34,7 +34,11 @@ class Cost:
 
 
 def cost(net: nn.Module, size: int) -> Cost:
-    """The cost of `net` at `size` px; ValueError where the net does not take that size."""
+    """The cost of `net` at `size` px.
+
+    Raises ValueError where the net does not take that size, NotImplementedError where it holds an operation whose
+    shapes cannot be worked out without computing.
+    """
     meta = copy.deepcopy(net).to("meta").train()
     kept: dict[int, int] = {}
     maps: list[tuple[int, int]] = []
@@ -58,6 +62,8 @@ def cost(net: nn.Module, size: int) -> Cost:
             with FlopCounterMode(display=False) as backward:
                 if logits.requires_grad:
                     logits.sum().backward()
+    except NotImplementedError:
+        raise
     except RuntimeError as error:
         raise ValueError(f"the net does not take images of {size} px: {_first_line(error)}") from error
     finally:

@@ -32,7 +32,7 @@ def step(
 
 def cosine(progress: float, errors: Sequence[float], *, warmup: float = 0.0, end: float = 0.0) -> float:
     """Half a cosine from 1 to `end` after a linear rise over the share `warmup`."""
-    if progress < warmup:
+    if progress <= warmup:
         return _rise(progress, warmup)
     return _half_cosine(1.0, end, (progress - warmup) / (1 - warmup))
 
@@ -46,7 +46,7 @@ def one_cycle(
     end: float = 1 / 250_000,
 ) -> float:
     """Half a cosine up from `start` to 1 over the share `rise`, half a cosine down to `end` (Smith 2018)."""
-    if progress < rise:
+    if 0 < rise >= progress:
         return _half_cosine(start, 1.0, progress / rise)
     return _half_cosine(1.0, end, (progress - rise) / (1 - rise))
 

@@ -42,8 +42,8 @@ Layer = Conv | Pool | Norm
 
 # Paper: no padding is printed anywhere, "whatever gives the expected sizes". Here: paddings that give the printed sizes
 # at 224 and 10 × 10 (14 × 14) at 180, because these are all that the paper checks.
-# Paper: ZF-5's pool1 rounds up (110 → 55). Here: padding 1 and rounding down, because it gives the same maps at every
-# size tried and rounding up breaks torch.export with a free size.
+# Paper: ZF-5's pool1 rounds up (110 → 55). Here: padding 1 and rounding down, because rounding up breaks torch.export
+# with a free size; the maps are the same at 180, 200, 224, 227 and 256, and a cell larger at one size in eight (189).
 ZF5: tuple[Layer, ...] = (
     Conv(96, 7, stride=2, padding=1),  # 110 | 88
     Norm(),

@@ -52,7 +52,8 @@ def load_weights(net: nn.Module, path: str) -> None:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
     except Exception as error:
-        raise ValueError(f"init_from={path}: no readable checkpoint ({str(error).splitlines()[0]})") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"init_from={path}: no readable checkpoint ({reason})") from error
     state = {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
     own = net.state_dict()
     last = list(own)[-1].rpartition(".")[0]
@@ -62,6 +63,7 @@ def load_weights(net: nn.Module, path: str) -> None:
         if not name.startswith(f"{last}.") and (name not in state or state[name].shape != value.shape)
     ]
     if wrong:
-        raise ValueError(f"init_from={path}: its {wrong[0]} does not fit this net, nor do {len(wrong) - 1} others")
+        others = f" ({len(wrong)} in all do not)" if len(wrong) > 1 else ""
+        raise ValueError(f"init_from={path}: its {wrong[0]} does not fit this net{others}")
     fitting = {name: state[name] for name in own if name in state and state[name].shape == own[name].shape}
     net.load_state_dict(fitting, strict=False)

@@ -24,7 +24,7 @@ def mean_in_window(input: Tensor, size: int) -> Tensor:
 def sum_over_channels(input: Tensor, size: int) -> Tensor:
     """Sum over the `size` nearest channels at each cell, zeros outside."""
     total, channels = input.clone(memory_format=torch.preserve_format), input.shape[1]
-    for k in range(1, size // 2 + 1):
+    for k in range(1, min(size // 2, channels - 1) + 1):
         total[:, k:] += input[:, : channels - k]
         total[:, : channels - k] += input[:, k:]
     return total

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spp_cls.models.norm import LocalResponseNorm, across_channels, mean_in_window, sum_over_channels, within_channel
+
+KINDS = [within_channel, across_channels]
+Kind = Callable[[], LocalResponseNorm]
+
+
+def pixels(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Maps as large as those of pixels 0–255, where the norm acts."""
+    return 200 * torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+def reference(kind: Kind, x: Tensor) -> Tensor:
+    """The plain formula, in the precision of `x`."""
+    if kind is within_channel:  # Caffe: x / (1 + α · mean over 3 × 3)^β, the zeros outside counted
+        return x / (1 + 5e-5 * F.avg_pool2d(x * x, 3, 1, 1)) ** 0.75
+    return nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2)(x)  # torch divides alpha by size
+
+
+def test_within_channel_by_hand() -> None:
+    norm = LocalResponseNorm(mean_in_window, 3, alpha=9.0, beta=1.0, k=1.0)
+    x = torch.tensor([[[[1.0, 2.0], [3.0, 0.0]]]])  # the sum of squares in every window is 14, its mean 14/9
+    torch.testing.assert_close(norm(x), x / 15)
+
+
+def test_across_channels_by_hand() -> None:
+    norm = LocalResponseNorm(sum_over_channels, 3, alpha=1.0, beta=1.0, k=2.0)
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1)
+    expected = torch.tensor([1 / (2 + 5), 2 / (2 + 14), 3 / (2 + 29), 4 / (2 + 25)]).view(1, 4, 1, 1)
+    torch.testing.assert_close(norm(x), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_plain_formula_forward_and_backward(kind: Kind) -> None:
+    x = pixels(2, 9, 7, 5, dtype=torch.float64).requires_grad_()
+    grad = torch.randn(2, 9, 7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    out, expected = kind()(x), reference(kind, x)
+    torch.testing.assert_close(out, expected, rtol=1e-13, atol=1e-13)
+    (ours,) = torch.autograd.grad(out, x, grad)
+    (theirs,) = torch.autograd.grad(expected, x, grad)
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
+
+
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    return float(((value.double() - exact) / exact).abs().max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_is_as_exact_as_the_plain_formula(kind: Kind) -> None:
+    x = pixels(2, 32, 20, 20)
+    exact = reference(kind, x.double())
+    ours, theirs = relative_error(kind()(x), exact), relative_error(reference(kind, x), exact)
+    assert ours <= 2 * theirs
+    assert ours < 1e-6
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.75, 1.0])
+@pytest.mark.parametrize(("neighbours", "size"), [(mean_in_window, 3), (sum_over_channels, 5), (sum_over_channels, 1)])
+def test_gradcheck(neighbours: Callable[[Tensor, int], Tensor], size: int, beta: float) -> None:
+    norm = LocalResponseNorm(neighbours, size, alpha=0.3, beta=beta, k=1.5)
+    x = torch.randn(2, 6, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(norm, x)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_fewer_channels_than_neighbours(channels: int) -> None:
+    x = pixels(1, channels, 2, 2)
+    for size in (3, 5, 7, 9):
+        norm = LocalResponseNorm(sum_over_channels, size, alpha=1e-4, beta=0.75, k=2.0)
+        expected = nn.LocalResponseNorm(size, alpha=size * 1e-4, beta=0.75, k=2)(x)
+        torch.testing.assert_close(norm(x), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_is_the_float32_result_rounded(kind: Kind) -> None:
+    x = pixels(2, 16, 9, 9).bfloat16().requires_grad_()
+    full = x.detach().float().requires_grad_()
+    out, expected = kind()(x), kind()(full)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected.bfloat16())
+    grad = torch.randn(2, 16, 9, 9, generator=torch.Generator().manual_seed(1)).bfloat16()
+    out.backward(grad)
+    expected.backward(grad.float())
+    assert x.grad is not None and full.grad is not None
+    assert x.grad.dtype == torch.bfloat16
+    assert torch.equal(x.grad, full.grad.bfloat16())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(kind: Kind, dtype: torch.dtype) -> None:
+    x = pixels(2, 16, 9, 9).to(dtype).requires_grad_()
+    expected = kind()(x)
+    (gradient,) = torch.autograd.grad(expected.float().sum(), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = kind()(x)
+    assert out.dtype == dtype
+    assert torch.equal(out, expected)
+    (under_autocast,) = torch.autograd.grad(out.float().sum(), x)
+    assert torch.equal(under_autocast, gradient)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_channels_last_stays(kind: Kind) -> None:
+    x = pixels(2, 16, 9, 7)
+    last = x.to(memory_format=torch.channels_last).requires_grad_()
+    out = kind()(last)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, kind()(x), rtol=1e-6, atol=0)
+    (grad,) = torch.autograd.grad(out, last, torch.ones_like(out))
+    assert grad.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_input_is_left_alone_and_an_exporter_sees_the_same(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = pixels(1, 8, 5, 5)
+    before, out = x.clone(), kind()(x)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert torch.equal(kind()(x), out)
+    assert torch.equal(x, before)
+
+
+def test_an_even_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="^size=4: .*use an odd number$"):
+        LocalResponseNorm(sum_over_channels, 4, alpha=1e-4, beta=0.75, k=2.0)
+
+
+def test_repr_says_the_numbers() -> None:
+    assert repr(within_channel()) == "LocalResponseNorm(mean_in_window, size=3, alpha=5e-05, beta=0.75, k=1.0)"
