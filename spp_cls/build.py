@@ -74,6 +74,15 @@ def _check_arguments(config: Any, where: str, arguments: dict[str, Any]) -> None
         _check_arguments(config._get_node(nested), f"{where}.{nested}", {})
 
 
+def check_arguments(config: DictConfig) -> None:
+    """Name a key that its target does not take before pictures are looked for, which may take minutes."""
+    for group in ("model", "data", "sizes", "views", "optimizer", "schedule", "classifier", "trainer"):
+        _check_arguments(config.get(group), group, {})
+    for group in ("callbacks", "logger"):
+        for name, one in (config.get(group) or {}).items():
+            _check_arguments(one, f"{group}.{name}", {})
+
+
 def build_datamodule(config: DictConfig) -> MultiSizeDataModule:
     """The datamodule of `config`, with its index made."""
     for key in ("data", "sizes", "views"):
@@ -121,6 +130,8 @@ def build_classifier(
 def class_weights(config: DictConfig, datamodule: MultiSizeDataModule) -> list[float] | None:
     """The weights that `classifier.class_weights` asks for; balanced is n / (K · n_k), each class the same in all."""
     chosen = config.classifier.class_weights
+    if isinstance(chosen, str) and chosen != "balanced":
+        raise ValueError(f"classifier.class_weights={chosen}: give a list of a number a class, or balanced, or null")
     if chosen != "balanced":
         return None if chosen is None else [float(weight) for weight in chosen]
     index = datamodule.index
@@ -180,6 +191,8 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
     warnings.filterwarnings("ignore", message=r".*does not have many workers")
+    warnings.filterwarnings("ignore", message=r".*exists and is not empty")  # a run that goes on
+    warnings.filterwarnings("ignore", message=r".*sync_dist=True")  # the errors are summed over the ranks already
 
 
 def _check_devices(config: DictConfig) -> None:
@@ -235,6 +248,7 @@ def refuse_untrusted(config: Any, path: Path) -> None:
 def restore_classifier(run: Run) -> Classifier:
     """The classifier of `run` with the weights of its checkpoint; its data need not be there."""
     config = OmegaConf.create(run.config)
+    config.compile = False
     for key in ("init_from", "weights"):  # the checkpoint has them all
         if key in config.model:
             config.model[key] = None
@@ -264,7 +278,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:120]})") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: not a readable checkpoint ({reason[:120]})") from error
     if not isinstance(state, dict) or "state_dict" not in state or "spp_cls" not in state:
         raise ValueError(f"{path}: not a checkpoint of spp_cls; name one that spp train wrote")
     return state

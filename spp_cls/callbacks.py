@@ -52,7 +52,10 @@ class MemoryProbe(Callback):
                 raise ValueError(advice) from error
             return
         free = available_memory()
-        needed = cost(net, size).training_bytes(images, type(trainer.optimizers[0]).__name__)
+        try:
+            needed = cost(net, size).training_bytes(images, type(trainer.optimizers[0]).__name__)
+        except NotImplementedError:  # a net of the user's own that cannot be measured so
+            return
         if free is not None and needed > free:
             raise ValueError(f"{advice} ({needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free)")
 
@@ -60,7 +63,8 @@ class MemoryProbe(Callback):
 def _one_step(trainer: Trainer, module: Any, images: int, size: int) -> None:
     """Forward and backward on zeros, leaving weights, buffers, gradients and random numbers as they were."""
     buffers = {name: buffer.clone() for name, buffer in module.net.named_buffers()}
-    with torch.random.fork_rng(devices=[module.device]), trainer.precision_plugin.train_step_context():
+    devices = [module.device] if module.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), trainer.precision_plugin.train_step_context():
         batch = torch.zeros(images, 3, size, size, device=module.device)
         labels = torch.zeros(images, dtype=torch.int64, device=module.device)
         module.losses(module.net(batch), labels).mean().backward()
@@ -81,6 +85,9 @@ class Timing(Callback):
     def _start_epoch(self) -> None:
         self._images, self._waited, self._began = 0, 0.0, time.perf_counter()
         self._batch_ended = self._trained = self._began
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start_epoch()  # a run that goes on inside an epoch does not start that one
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start_epoch()

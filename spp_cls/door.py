@@ -67,8 +67,11 @@ def register_resolvers() -> None:
     """What the configs compute by.
 
     `${px:180,${data.region}}`: 180 px at a region of 224, in proportion else. `${choice:model}`: which file of the
-    group was chosen. `${run_id:}`: four hex digits, the same throughout a command.
+    group was chosen. `${run_id:}`: four hex digits, the same throughout a command. `${choices:train}` and
+    `${settings:train}`: what --help says.
     """
+    OmegaConf.register_new_resolver("choices", help_on_choices, replace=True)
+    OmegaConf.register_new_resolver("settings", help_on_settings, replace=True)
     OmegaConf.register_new_resolver("px", lambda size, region: round(size * region / 224), replace=True)
     OmegaConf.register_new_resolver("choice", _choice, replace=True)
     OmegaConf.register_new_resolver("run_id", lambda: uuid.uuid4().hex[:4], use_cache=True, replace=True)
@@ -86,6 +89,35 @@ def conf_folder() -> Path:
     """Where the configs lie: in the installed package, or at the top of a checkout."""
     here = Path(__file__).resolve().parent
     return next(folder for folder in (here / "conf", here.parent / "conf") if folder.is_dir())
+
+
+def help_on_choices(verb: str) -> str:
+    """The config groups of `verb`, each choice with the first line of its file; the default has a star."""
+    lines = []
+    for group, default in _groups_of(verb).items():
+        lines.append(group)
+        for path in sorted((conf_folder() / group).glob("*.yaml")):
+            comments = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]
+            about = next((line for line in comments if not line.startswith("@package")), "")
+            if path.stem != "base":
+                lines.append(f"  {'*' if path.stem == default else ' '} {group}={path.stem:<20} {about}".rstrip())
+    return "\n".join(lines)
+
+
+def _groups_of(verb: str) -> dict[str, str | None]:
+    entries = OmegaConf.to_container(OmegaConf.load(conf_folder() / f"{verb}.yaml").defaults)
+    assert isinstance(entries, list)
+    if "train" in entries:
+        return _groups_of("train")
+    chosen = [next(iter(entry.items())) for entry in entries if isinstance(entry, dict)]
+    return {str(group): default for group, default in chosen if not str(group).startswith("override")}
+
+
+def help_on_settings(verb: str) -> str:
+    """The body of conf/<verb>.yaml, comments and all."""
+    text = (conf_folder() / f"{verb}.yaml").read_text()
+    body = text.partition("\n\n")[2].partition("\nhydra:\n")[0].strip()
+    return body.replace("$", "$$")  # Hydra fills in what a dollar begins
 
 
 def open_door(verb: str, program: Program, arguments: list[str]) -> None:
@@ -141,6 +173,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 def _nearest_key(wrong: str, keys: list[str]) -> str:
     """The key whose last part is nearest, of these the one whose whole is; else the one whose whole is nearest."""
+    keys = [key for key in keys if not key.rpartition(".")[2].startswith("_")]
     top = difflib.get_close_matches(wrong, [key for key in keys if "." not in key], n=1, cutoff=0.6)
     if top and "." not in wrong:
         return f"; did you mean {top[0]}?"
@@ -171,7 +204,7 @@ def _go_on(arguments: list[str]) -> list[str]:
     elif Path(value).is_file() and not any((p / "config.yaml").is_file() for p in Path(value).parents[:2]):
         return arguments  # a checkpoint that lies by itself: its weights and position, our config
     else:
-        folder = run_folder(value)
+        folder = run_folder(value, "ckpt_path")
     kept = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
     own = [argument for argument in arguments if argument not in given]
     checkpoint = value if Path(value).is_file() else folder / "checkpoints" / "last.ckpt"
@@ -215,8 +248,10 @@ def _check_types(config: DictConfig, defaults: DictConfig) -> None:
     """A number stays a number, a list a list: else the mistake would show up deep in somebody's code."""
     for key in _dotted(defaults):
         before, now = (OmegaConf.select(c, key, throw_on_resolution_failure=False) for c in (defaults, config))
-        if key.startswith(("trainer", "hydra")) or before is None or now is None:
+        if before is None or now is None or _is(OmegaConf.is_interpolation, config, key):
             continue
+        if key == "trainer.devices" or (key.startswith("trainer.") and isinstance(before, bool)):
+            continue  # auto, [0, 1], a number of batches, warn
         if isinstance(before, ListConfig) and not OmegaConf.is_config(now):
             raise ValueError(f"{key}={now}: takes a list, like [{', '.join(map(str, before))}]")
         if isinstance(before, bool) and not isinstance(now, bool):
@@ -260,7 +295,7 @@ def _compose_or_explain(name: str, words: list[str], overrides: list[Override]) 
         raise ValueError(_explain(name, words, str(error))) from None
     groups = [word for word, override in zip(words, overrides, strict=False) if override.get_key_element() in _groups()]
     _check_types(config, _compose(name, groups))
-    missing = [key for key in _dotted(config) if _is_missing(config, key)]
+    missing = [key for key in _dotted(config) if _is(OmegaConf.is_missing, config, key)]
     if missing:
         raise ValueError(f"{missing[0]} has no value: give one, like {missing[0]}=…")
     added = [o.key_or_group.partition(".")[0] for o in overrides if o.is_add() or o.is_force_add()]
@@ -274,13 +309,23 @@ def _compose_or_explain(name: str, words: list[str], overrides: list[Override]) 
 
 def _explain(name: str, words: list[str], message: str) -> str:
     """Hydra's message as one line, with the nearest right word."""
-    group = re.search(r"Could not find '([^']+)'", message) or re.search(r"'([^']+)' not found", message)
+    group = re.search(r"Could not (?:find|load) '([^']+)'", message) or re.search(r"'([^']+)' not found", message)
     if group and "/" in group[1]:
         kind, _, option = group[1].rpartition("/")
-        options = re.findall(r"^\t(\w+)$", message, re.MULTILINE)
+        options = sorted({path.stem for path in _choices_of(kind)} - {"base"})
         listed = f" ({', '.join(options)})" if options else ""
         return f"{kind}={option}: there is no {kind} of that name{nearest(option, options) or '; choose one'}{listed}"
-    key = re.search(r"Could not override '([^']+)'", message) or re.search(r"Key '([^']+)' is not in", message)
+    twice = re.search(r"Multiple values for (\w+)", message)
+    if twice:
+        return f"{twice[1]}: has a choice already; write {twice[1]}=…, without the plus"
+    null = [word for word in words if word.partition("=")[0] in _groups() and word.endswith("=null")]
+    if null and "Config group override" in message:
+        return f"{null[0]}: something must be chosen, see spp {name} --help"
+    key = (
+        re.search(r"Could not override '([^']+)'", message)
+        or re.search(r"Key '([^']+)' is not in", message)
+        or re.search(r"Could not delete from config. '([^']+)' does not exist", message)
+    )
     if key:
         full = re.search(r"full_key: (\S+)", message)
         wrong = key[1].partition("@")[0]
@@ -297,9 +342,13 @@ def _explain(name: str, words: list[str], message: str) -> str:
     return message.splitlines()[0]
 
 
-def _is_missing(config: DictConfig, key: str) -> bool:
+def _is(what: Callable[[Any, str], bool], config: DictConfig, key: str) -> bool:
     folder, _, last = key.rpartition(".")
-    return bool(OmegaConf.is_missing(OmegaConf.select(config, folder) if folder else config, last))
+    return bool(what(OmegaConf.select(config, folder) if folder else config, last))
+
+
+def _choices_of(group: str) -> list[Path]:
+    return [path for conf in (conf_folder(), Path.cwd() / "conf") for path in (conf / group).glob("*.yaml")]
 
 
 def _groups() -> list[str]:
@@ -317,8 +366,8 @@ def _dotted(config: Any, prefix: str = "") -> list[str]:
 
 
 def _leave_nothing(folder: Path) -> None:
-    """Remove a run folder in which nothing has begun."""
-    if (folder / ".hydra").is_dir() and not (folder / "config.yaml").exists():
+    """Remove a run folder in which nothing has begun, and that Hydra made."""
+    if HydraConfig.get().output_subdir and [path.name for path in folder.iterdir()] == [".hydra"]:
         shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             folder.parent.rmdir()  # only if it is empty

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,9 @@ from .door import is_multirun, open_door
 
 if TYPE_CHECKING:
     from lightning import LightningDataModule, LightningModule, Trainer
+    from torch import nn
+
+    from .data import MultiSizeDataModule
 
 
 def train(
@@ -31,6 +35,18 @@ def train(
     return metrics
 
 
+def check(net: nn.Module, datamodule: MultiSizeDataModule, trainer: Trainer) -> None:
+    """Refuse, before anything is written, a batch that does not divide and sizes that region or net do not take."""
+    from .cost import cost
+
+    datamodule.trainer = trainer
+    planned = datamodule.planned_sizes(trainer.max_epochs or 1, datamodule.plan.num_batches)
+    sizes = {size for in_epoch in planned.values() for size in in_epoch}
+    with contextlib.suppress(NotImplementedError):
+        for size in (min(sizes), max(sizes), *datamodule.val_sizes):
+            cost(net, size)
+
+
 def run(config: DictConfig) -> float | None:
     """Everything that `spp train` does with a config; gives `optimized_metric` for sweepers."""
     from . import build
@@ -43,11 +59,13 @@ def run(config: DictConfig) -> float | None:
             f"trainer.devices={config.trainer.devices} with -m: further ranks would run the whole grid again; "
             "start each of its runs by a command of its own"
         )
+    build.check_arguments(config)
     datamodule = build.build_datamodule(config)
     identity = build.identity(config, datamodule)
     classifier = build.build_classifier(config, identity, build.class_weights(config, datamodule))
     trainer = build.build_trainer(config, folder)
     ckpt_path = find_checkpoint(config.ckpt_path) if config.ckpt_path else None
+    check(classifier.net, datamodule, trainer)
 
     assert datamodule.index is not None
     if trainer.is_global_zero:
@@ -58,6 +76,8 @@ def run(config: DictConfig) -> float | None:
         print(f"{datamodule.index.describe()}\nnet: {parameters:,} parameters\nrun: {folder}", file=sys.stderr)
 
     metrics = train(classifier, datamodule, trainer, ckpt_path, config.test)
+    if "train/loss" not in metrics:  # nothing was left to train
+        metrics = {**_last_epoch(folder), **metrics}
 
     if trainer.is_global_zero:
         write_json(folder / "results.json", {"epochs": trainer.current_epoch, **metrics})
@@ -66,6 +86,13 @@ def run(config: DictConfig) -> float | None:
     if name and name not in metrics and not config.trainer.fast_dev_run:
         raise ValueError(f"optimized_metric={name}: no such metric; there are {', '.join(sorted(metrics))}")
     return metrics.get(name) if name else None
+
+
+def _last_epoch(folder: Path) -> dict[str, float]:
+    from .resume import read_history
+
+    rows = [{name: value for name, value in row.items() if "/" in name} for row in read_history(folder)]
+    return next((row for row in reversed(rows) if row), {})
 
 
 def _say_where(folder: Path, metrics: dict[str, Any], config: DictConfig) -> None:
