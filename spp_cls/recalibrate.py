@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -27,9 +25,8 @@ def recalibrate(net: nn.Module, datamodule: MultiSizeDataModule, size: int, num_
         norm.momentum = None  # the plain average over all batches
         norm.train()
     seen = 0
-    loader: Any = datamodule.train_dataloader()
     with torch.inference_mode():
-        for batch in loader:
+        for batch in datamodule.regions_loader(epoch=0):
             images = device_step(
                 batch.images.to(device),
                 batch.uniforms.to(device),

@@ -99,6 +99,7 @@ class History(Callback):
     def __init__(self, folder: Path, every: int = 50) -> None:
         self.path, self.every = folder / "history.jsonl", every
         self._offset = 0
+        self._lr = 0.0
         self._losses: list[Tensor] = []  # of the micro-batches of the step that is under way
         self._rows: list[dict[str, Any]] = []  # steps that are done but not written; their loss is still on the device
         self._waiting: list[Tensor] = []
@@ -108,6 +109,9 @@ class History(Callback):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
                 file.truncate(min(self._offset, file.tell()))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # at the batch's end it is the next step's
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -122,7 +126,7 @@ class History(Callback):
                 "epoch": trainer.current_epoch,
                 "step": trainer.global_step,
                 "size": int(batch[0].shape[-1]),
-                "lr": trainer.optimizers[0].param_groups[0]["lr"],
+                "lr": self._lr,
             }
         )
         self._waiting.append(torch.stack(self._losses).sum())

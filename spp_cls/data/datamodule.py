@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -81,6 +83,7 @@ class MultiSizeDataModule(LightningDataModule):
         self.num_workers, self.seed = num_workers, seed
         self.index: Index | None = None
         self._position = {"epoch": 0, "batch": 0}
+        self._restored = False  # the next pass over the training loader goes on at the position
 
     def setup(self, stage: str | None = None) -> None:
         """Make the index, once."""
@@ -117,21 +120,24 @@ class MultiSizeDataModule(LightningDataModule):
     # Loaders
 
     def train_dataloader(self) -> Loader[TrainBatch]:
-        plan, index = self.plan, self._index
-        source = TrainSource(index, index.rows("train"), self.resize, self.region, self.place)
+        plan = self.plan
 
         def batches() -> Iterator[Any]:
             # Read when the first batch is asked for: Lightning makes iterators before it has restored its epoch.
-            epoch = self._epoch()
-            start = self._position["batch"] if self._position["epoch"] == epoch else 0
-            yield from plan.micro_batches(epoch, start)
+            yield from plan.micro_batches(*self._begin())
 
         def arrived(handed_out: int, batch: TrainBatch, asked: Any) -> TrainBatch:
             done = asked.batch + (handed_out % plan.accumulation == 0)
             self._position = {"epoch": asked.epoch, "batch": done}
             return batch._replace(size=self.size_at(asked.epoch, asked.batch))
 
-        return Loader(source, batches, len(plan), self._workers(), arrived)
+        return Loader(self._train_source, batches, len(plan), self._workers(), arrived)
+
+    def regions_loader(self, epoch: int) -> Loader[TrainBatch]:
+        """The regions of one epoch, from its beginning and before any device step; moves no position."""
+        plan = self.plan
+        batches = partial(plan.micro_batches, epoch)
+        return Loader(self._train_source, batches, len(plan), self._workers(), lambda _, batch, __: batch)
 
     def val_dataloader(self) -> list[Loader[ViewsBatch]]:
         return [self.views_loader(Views("center_crop", size), "val") for size in self.val_sizes]
@@ -145,7 +151,8 @@ class MultiSizeDataModule(LightningDataModule):
             raise ValueError(f"split={split!r}: use one of {', '.join(SPLITS)}")
         source = ViewsSource(self._index, self.sized(views), self.resize, self.region)
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        batches = source.batches(self._index.rows(split), max(1, self.batch_size // ranks))[rank::ranks]
+        # Images are dealt out, not batches: a rank without any would end the run, and ranks would wait for each other.
+        batches = source.batches(self._index.rows(split)[rank::ranks], max(1, self.batch_size // ranks))
         return Loader(source, lambda: iter(batches), len(batches), self._workers(), lambda _, batch, __: batch)
 
     def sized(self, views: Views) -> Views:
@@ -179,6 +186,7 @@ class MultiSizeDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self._position = {"epoch": state_dict["epoch"], "batch": state_dict["batch"]}
+        self._restored = True
 
     @property
     def _index(self) -> Index:
@@ -186,12 +194,21 @@ class MultiSizeDataModule(LightningDataModule):
             raise RuntimeError("call setup() first: the index of the pictures is made there")
         return self.index
 
-    def _epoch(self) -> int:
-        if self.trainer is None:  # a plain loop: each pass over the loader is an epoch
-            whole = self._position["batch"] >= self.plan.num_batches
-            return self._position["epoch"] + whole
-        # Under overfit_batches every epoch is the first, so that its pictures stay the same.
-        return 0 if getattr(self.trainer, "overfit_batches", 0) else self.trainer.current_epoch
+    @property
+    def _train_source(self) -> TrainSource:
+        return TrainSource(self._index, self._index.rows("train"), self.resize, self.region, self.place)
+
+    def _begin(self) -> tuple[int, int]:
+        """Epoch and first global batch of the pass over the training loader that begins now."""
+        epoch, batch = self._position["epoch"], self._position["batch"]
+        restored, self._restored = self._restored, False
+        if self.trainer is None:  # a plain loop: each pass is the next epoch
+            goes_on = batch == 0 or (restored and batch < self.plan.num_batches)
+            return (epoch, batch) if goes_on else (epoch + 1, 0)
+        if getattr(self.trainer, "overfit_batches", 0):  # every epoch is the first, so that its pictures stay the same
+            return 0, 0
+        now = self.trainer.current_epoch
+        return now, batch if restored and epoch == now else 0
 
     def _workers(self) -> int:
         if self.num_workers is not None:
@@ -216,13 +233,13 @@ class Loader(Generic[Batch]):
         num_workers: int,
         arrived: Callable[[int, Batch, Any], Batch],
     ) -> None:
-        self._asked: list[Any] = []
-        self._batches, self._length = batches, length
+        self._asked = _Asked(batches)
+        self._length = length
         self._arrived: Callable[[int, Batch, Any], Batch] = arrived
         self._loader: DataLoader[Any] = DataLoader(
             source,  # type: ignore[arg-type]
             batch_size=None,
-            sampler=_Asked(self),
+            sampler=self._asked,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -232,26 +249,45 @@ class Loader(Generic[Batch]):
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
-        self._asked.clear()
+        self._asked.waiting.clear()
         for handed_out, batch in enumerate(self._loader, start=1):
             if isinstance(batch, ValueError):
                 raise batch
-            yield self._arrived(handed_out, batch, self._asked.pop(0))
+            yield self._arrived(handed_out, batch, self._asked.waiting.popleft())
+
+    # Lightning warns of resuming with a loader that has no state. The position is the datamodule's.
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+    # Lightning ends the workers of what it finds under this name: left to the end of Python, each costs 5 seconds.
+
+    @property
+    def _iterator(self) -> Any:
+        return self._loader._iterator
+
+    @_iterator.setter
+    def _iterator(self, iterator: Any) -> None:
+        self._loader._iterator = iterator
 
 
 class _Asked:
-    """The sampler: remembers what it asked for, in order, until that is handed out."""
+    """The sampler: keeps what it asked for, in order, until that is handed out.
 
-    def __init__(self, loader: Loader[Any]) -> None:
-        self._loader = loader
+    It does not know its loader: in a circle of references, Python would take the queues down before the workers.
+    """
+
+    def __init__(self, batches: Callable[[], Iterator[Any]]) -> None:
+        self._batches = batches
+        self.waiting: deque[Any] = deque()
 
     def __iter__(self) -> Iterator[Any]:
-        for asked in self._loader._batches():
-            self._loader._asked.append(asked)
+        for asked in self._batches():
+            self.waiting.append(asked)
             yield asked
-
-    def __len__(self) -> int:
-        return len(self._loader)
 
 
 def to_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -1,0 +1,542 @@
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning import Callback, LightningModule, Trainer
+from PIL import Image
+from torch import Tensor, nn
+
+from spp_cls.data import MultiSizeDataModule, Views
+from spp_cls.data.device import device_step
+from spp_cls.data.layouts import folder
+from spp_cls.data.sizes import Sizes, alternating, single
+from spp_cls.data.source import TrainBatch, ViewsBatch, cut_region, read_rgb
+
+Received = tuple[int, list[int], list[str]]  # size, labels, a fingerprint of each image
+TWO_SIZES = partial(alternating, sizes=[26, 32])
+
+
+def fingerprints(images: Tensor) -> list[str]:
+    return [hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest()[:16] for image in images]
+
+
+class Stranger(LightningModule):
+    """Knows nothing of sizes, plans or this package; writes down what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.received = nn.Linear(3, 3), list[Received]()
+        self.validated: dict[int, list[Received]] = {}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, labels = batch
+        self.received.append((images.shape[-1], labels.tolist(), fingerprints(images)))
+        return F.cross_entropy(self.layer(images.mean((2, 3))), labels)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        images, labels = batch
+        seen = self.validated.setdefault(dataloader_idx, [])
+        seen.append((images.shape[-1], labels.tolist(), fingerprints(images)))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Killed(Exception):
+    pass
+
+
+class SaveAndKill(Callback):
+    """Saves a checkpoint after the optimizer step `save_at` and ends the run, with nothing saved, after `kill_at`."""
+
+    def __init__(self, path: Path, save_at: int, kill_at: int) -> None:
+        self.path, self.save_at, self.kill_at, self.received_when_saved = path, save_at, kill_at, 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        if trainer.global_step == self.save_at:
+            trainer.save_checkpoint(self.path)
+            self.received_when_saved = len(pl_module.received)
+        if trainer.global_step == self.kill_at:
+            raise Killed
+
+
+def make(
+    pictures: Path, *, sizes: Sizes = TWO_SIZES, num_workers: int = 0, batch_size: int = 8, **options: Any
+) -> MultiSizeDataModule:
+    options = {"region": 32, "resize": 36, **options}
+    return MultiSizeDataModule(str(pictures), folder, sizes, batch_size=batch_size, num_workers=num_workers, **options)
+
+
+def trainer(epochs: int, callbacks: list[Callback] | None = None, **options: Any) -> Trainer:
+    return Trainer(
+        num_sanity_val_steps=0,
+        accelerator="cpu",
+        max_epochs=epochs,
+        callbacks=callbacks,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+def fit(datamodule: MultiSizeDataModule, epochs: int, callbacks: list[Callback] | None = None, **options: Any) -> Any:
+    """A stranger's module after its fit."""
+    torch.manual_seed(0)
+    module = Stranger()
+    trainer(epochs, callbacks, **options).fit(module, datamodule=datamodule)
+    return module
+
+
+def one_pass(datamodule: MultiSizeDataModule) -> list[TrainBatch]:
+    datamodule.setup()
+    return list(datamodule.train_dataloader())
+
+
+def as_rank(datamodule: MultiSizeDataModule, rank: int, ranks: int, accumulation: int = 1) -> MultiSizeDataModule:
+    """`datamodule` as if that rank's trainer had it, in epoch 0."""
+    datamodule.trainer = SimpleNamespace(  # type: ignore[assignment]
+        global_rank=rank,
+        world_size=ranks,
+        num_devices=ranks,
+        accumulate_grad_batches=accumulation,
+        current_epoch=0,
+        overfit_batches=0,
+        validating=True,
+        sanity_checking=False,
+    )
+    return datamodule
+
+
+def same(a: TrainBatch, b: TrainBatch) -> bool:
+    return a.size == b.size and all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
+
+
+# What a module that knows nothing of us receives
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_strangers_module_receives_a_whole_epoch_at_each_size_in_turn(pictures: Path, num_workers: int) -> None:
+    module = fit(make(pictures, num_workers=num_workers), epochs=3)
+    assert [size for size, _, _ in module.received] == [26] * 4 + [32] * 4 + [26] * 4
+    assert all(len(labels) == 8 for _, labels, _ in module.received)
+
+
+def test_at_the_papers_sizes(pictures: Path) -> None:
+    sizes = partial(alternating, sizes=[180, 224])
+    module = fit(make(pictures, sizes=sizes, batch_size=12, region=224, resize=256), epochs=3)
+    assert [size for size, _, _ in module.received] == [180] * 3 + [224] * 3 + [180] * 3
+
+
+def test_what_arrives_is_the_device_step_of_the_regions_of_the_plan(pictures: Path) -> None:
+    datamodule = make(pictures, seed=5)
+    module = fit(datamodule, epochs=2)
+    index, plan = datamodule.index, datamodule.plan
+    assert index is not None
+    rows = index.rows("train")
+    expected = []
+    for epoch, size in enumerate((26, 32)):
+        for micro in plan.micro_batches(epoch):
+            regions = [
+                cut_region(read_rgb(index.path(row)), uniforms, 36, 32, "anywhere")
+                for row, uniforms in zip(rows[micro.indices], micro.uniforms, strict=True)
+            ]
+            images = device_step(
+                torch.from_numpy(np.stack(regions)).permute(0, 3, 1, 2),
+                torch.from_numpy(micro.uniforms),
+                size,
+                mean=datamodule.mean,
+                std=datamodule.std,
+            )
+            expected.append((size, index.labels[rows[micro.indices]].tolist(), fingerprints(images)))
+    assert module.received == expected
+
+
+def test_accumulated_micro_batches_are_the_global_batch(pictures: Path) -> None:
+    whole = fit(make(pictures), epochs=2).received
+    parts = fit(make(pictures), epochs=2, accumulate_grad_batches=4).received
+    assert len(parts) == 4 * len(whole) and all(len(labels) == 2 for _, labels, _ in parts)
+    for i, (size, labels, images) in enumerate(whole):
+        four = parts[4 * i : 4 * i + 4]
+        assert [s for s, _, _ in four] == [size] * 4
+        assert sum((part[1] for part in four), []) == labels and sum((part[2] for part in four), []) == images
+
+
+def test_options_reach_the_device_step(pictures: Path) -> None:
+    options = {"flip": 0.0, "colour": 0.0, "mean": (0, 0, 0), "std": (1, 1, 1), "sizes": partial(single, size=32)}
+    datamodule = make(pictures, **options)
+    raw = one_pass(datamodule)[0]
+    images, labels = datamodule.on_after_batch_transfer(raw, 0)
+    assert torch.equal(images, raw.images.float()) and torch.equal(labels, raw.labels)
+    other = object()
+    assert datamodule.on_after_batch_transfer(other, 0) is other
+
+
+# Resume
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("save_at", "kill_at"), [(6, 7), (3, 6)])
+def test_a_resumed_run_receives_what_was_still_to_come(
+    pictures: Path, tmp_path: Path, num_workers: int, accumulation: int, save_at: int, kill_at: int
+) -> None:
+    # Four steps an epoch: saved inside the first or second epoch, killed in the same or the next.
+    options = {"accumulate_grad_batches": accumulation}
+    whole = fit(make(pictures), epochs=3, **options).received
+    assert len(whole) == 3 * 4 * accumulation
+
+    watch = SaveAndKill(tmp_path / "saved.ckpt", save_at, kill_at)
+    torch.manual_seed(0)
+    killed = Stranger()
+    with pytest.raises(Killed):
+        trainer(3, [watch], **options).fit(killed, datamodule=make(pictures, num_workers=num_workers))
+    before = killed.received[: watch.received_when_saved]
+    assert len(before) == save_at * accumulation
+
+    resumed = Stranger()
+    datamodule = make(pictures, num_workers=num_workers)
+    trainer(3, **options).fit(resumed, datamodule=datamodule, ckpt_path=watch.path, weights_only=True)
+    assert before + resumed.received == whole
+
+
+def test_a_run_of_more_epochs_goes_on_from_the_end_of_one(pictures: Path, tmp_path: Path) -> None:
+    class SaveAtEnd(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    whole = fit(make(pictures), 4, [SaveAtEnd()]).received
+    resumed = Stranger()
+    trainer(4).fit(resumed, datamodule=make(pictures), ckpt_path=tmp_path / "1.ckpt", weights_only=True)
+    assert resumed.received == whole[8:]
+
+
+def test_a_second_fit_begins_at_the_beginning(pictures: Path) -> None:
+    datamodule = make(pictures)
+    first = fit(datamodule, epochs=1).received
+    assert fit(datamodule, epochs=1).received == first and len(first) == 4
+    watch = SaveAndKill(Path(os.devnull), save_at=-1, kill_at=2)
+    with pytest.raises(Killed):
+        fit(datamodule, 1, [watch])
+    assert fit(datamodule, epochs=1).received == first
+
+
+# The same batches, however they are made
+
+
+def test_the_number_of_workers_changes_no_bit(pictures: Path) -> None:
+    none, one, two = (one_pass(make(pictures, num_workers=workers)) for workers in (0, 1, 2))
+    assert len(none) == len(one) == len(two) == 4
+    assert all(same(a, b) and same(a, c) for a, b, c in zip(none, one, two, strict=True))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_ranks_joined_are_one_rank(pictures: Path, accumulation: int) -> None:
+    whole = one_pass(as_rank(make(pictures), 0, 1))
+    ranks = [one_pass(as_rank(make(pictures), rank, 2, accumulation)) for rank in range(2)]
+    micros = [batch for pair in zip(*ranks, strict=True) for batch in pair]  # rank 0, rank 1, rank 0 …
+    parts = 2 * accumulation
+    assert len(micros) == parts * len(whole)
+    for i, batch in enumerate(whole):
+        joined = micros[parts * i : parts * (i + 1)]
+        assert {micro.size for micro in joined} == {batch.size}
+        for field in ("images", "labels", "uniforms"):
+            assert torch.equal(torch.cat([getattr(micro, field) for micro in joined]), getattr(batch, field))
+
+
+def two_ranks(pictures: Path, out: Path, *arguments: int, ends_with: int = 0) -> list[dict[str, list[Any]]]:
+    """What each of two processes received."""
+    script = Path(__file__).with_name("two_ranks.py")
+    command = [sys.executable, script, pictures, out, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == ends_with, done.stderr[-3000:]
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_two_processes_receive_the_planned_sizes_and_each_image_once(pictures: Path, tmp_path: Path) -> None:
+    ranks = two_ranks(pictures, tmp_path, 0)
+
+    # Two epochs of four steps of two micro-batches of two images.
+    one = fit(make(pictures), epochs=2).received
+    for received in ranks:
+        assert [size for size, _, _ in received["train"]] == [26] * 8 + [32] * 8
+    micros = [tuple(micro) for pair in zip(*(r["train"] for r in ranks), strict=True) for micro in pair]
+    for i, (size, labels, images) in enumerate(one):
+        joined = micros[4 * i : 4 * i + 4]
+        assert {s for s, _, _ in joined} == {size}
+        assert sum((labels for _, labels, _ in joined), []) == labels
+        assert sum((images for _, _, images in joined), []) == images
+
+    # Nine validation images at two sizes in each of two epochs; nine test images.
+    validated = Counter((epoch, size, image) for r in ranks for epoch, size, _, images in r["val"] for image in images)
+    assert set(validated.values()) == {1}
+    assert Counter((epoch, size) for epoch, size, _ in validated) == {
+        (epoch, size): 9 for epoch in (0, 1) for size in (26, 32)
+    }
+    datamodule = make(pictures)
+    datamodule.setup()
+    tested = [row for r in ranks for _, rows in r["test"] for row in rows]
+    assert datamodule.index is not None and sorted(tested) == datamodule.index.rows("test").tolist()
+    assert all(min(shape[3:]) == 36 for r in ranks for shape, _ in r["test"])
+
+    # The history holds each step once, and the loss of the global batch: the mean over both ranks.
+    history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [(row["epoch"], row["step"], row["size"]) for row in history] == [
+        (step // 4, step + 1, 26 if step < 4 else 32) for step in range(8)
+    ]
+    assert history[0]["loss"] == pytest.approx(np.log(3), abs=1e-6)  # equal weights for all classes
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_and_resumed_receive_what_one_run_does(pictures: Path, tmp_path: Path) -> None:
+    whole = two_ranks(pictures, tmp_path / "whole", 2)
+    before = two_ranks(pictures, tmp_path / "killed", 2, 6, ends_with=3)
+    resumed = two_ranks(pictures, tmp_path / "killed", 2)
+    for rank in range(2):
+        assert len(before[rank]["train"]) == 6 * 2
+        for stream in ("train", "val"):
+            assert before[rank][stream] + resumed[rank][stream] == whole[rank][stream]
+    histories = [(tmp_path / run / "history.jsonl").read_bytes() for run in ("whole", "killed")]
+    assert histories[0] == histories[1]
+
+
+# Validation and testing
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("crops", ["center_crop", "ten_crop", "full_image"])
+def test_every_image_is_tested_exactly_once_over_the_ranks(pictures: Path, ranks: int, crops: str) -> None:
+    rows: list[int] = []
+    for rank in range(ranks):
+        datamodule = as_rank(make(pictures, views=Views(crops)), rank, ranks)
+        datamodule.setup()
+        loader = datamodule.test_dataloader()
+        batches = list(loader)
+        assert len(loader) == len(batches) >= 1  # Lightning refuses to test where a rank has no batch
+        rows += [row for batch in batches for row in batch.rows.tolist()]
+    assert datamodule.index is not None and sorted(rows) == datamodule.index.rows("test").tolist()
+
+
+def test_each_rank_validates_where_one_batch_would_hold_all(pictures: Path) -> None:
+    for rank in range(2):
+        datamodule = as_rank(make(pictures, batch_size=32), rank, 2)
+        datamodule.setup()
+        assert [len(loader) for loader in datamodule.val_dataloader()] == [1]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_validation_sees_every_image_once_at_each_size(pictures: Path, num_workers: int) -> None:
+    module = Stranger()
+    datamodule = make(pictures, num_workers=num_workers, val_sizes=[32, 26, 20])
+    trainer(2).fit(module, datamodule=datamodule)
+    assert {i: {size for size, _, _ in seen} for i, seen in module.validated.items()} == {0: {32}, 1: {26}, 2: {20}}
+    for seen in module.validated.values():
+        images = [image for _, _, batch in seen for image in batch]
+        assert len(images) == 2 * 9 and images[:9] == images[9:] and len(set(images)) == 9
+        assert sorted(label for _, labels, _ in seen for label in labels) == [0] * 6 + [1] * 6 + [2] * 6
+
+
+def test_validation_is_the_centre_crop_unmirrored_and_with_its_own_colours(pictures: Path) -> None:
+    datamodule = as_rank(make(pictures), 0, 1)
+    datamodule.setup()
+    (loader,) = datamodule.val_dataloader()
+    batch = next(iter(loader))
+    images, labels = datamodule.on_after_batch_transfer(batch, 0)
+    assert images.is_contiguous(memory_format=torch.channels_last) and torch.equal(labels, batch.labels)
+    assert datamodule.index is not None
+    picture = read_rgb(datamodule.index.path(int(batch.rows[0])))
+    scale = 36 / min(picture.size)
+    shape = [round(side * scale) for side in picture.size]
+    left, top = round((shape[0] - 32) / 2), round((shape[1] - 32) / 2)
+    resized = np.asarray(picture.resize(tuple(shape), Image.Resampling.BILINEAR))
+    crop = torch.from_numpy(resized[top : top + 32, left : left + 32].astype(np.float32)).permute(2, 0, 1)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (datamodule.mean, datamodule.std))
+    torch.testing.assert_close(images[0], (crop - mean) / std, rtol=0, atol=1e-5)
+
+
+def test_without_val_sizes_the_regions_size_is_validated(pictures: Path) -> None:
+    datamodule = make(pictures)
+    assert datamodule.val_sizes == (32,) and datamodule.views == Views("center_crop", 32)
+    assert make(pictures, views=Views("ten_crop", 26)).views == Views("ten_crop", 26)
+
+
+def test_test_batches_are_views_labels_rows(pictures: Path) -> None:
+    datamodule = make(pictures, views=Views("ten_crop"), batch_size=20)
+    datamodule.setup()
+    batches = list(datamodule.test_dataloader())
+    assert [len(batch.rows) for batch in batches] == [2, 2, 2, 2, 1]
+    assert all(isinstance(batch, ViewsBatch) and batch.views.shape[1:] == (10, 3, 32, 32) for batch in batches)
+    views, labels, rows = datamodule.on_after_batch_transfer(batches[0], 0)
+    assert views.shape == (2, 10, 3, 32, 32) and views.dtype == torch.float32
+    assert torch.equal(labels, batches[0].labels) and torch.equal(rows, batches[0].rows)
+
+
+# Loops
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_in_a_plain_loop_each_pass_is_the_next_epoch(pictures: Path, num_workers: int) -> None:
+    datamodule = make(pictures, num_workers=num_workers)
+    whole = fit(make(pictures), epochs=3).received
+    datamodule.setup()
+    loader = datamodule.train_dataloader()
+    received = []
+    for _ in range(3):
+        for batch in loader:
+            images, labels = datamodule.on_after_batch_transfer(batch, 0)
+            received.append((images.shape[-1], labels.tolist(), fingerprints(images)))
+    assert received == whole
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_pass_that_is_broken_off_was_an_epoch_too(pictures: Path, num_workers: int) -> None:
+    datamodule = make(pictures, num_workers=num_workers)
+    datamodule.setup()
+    loader = datamodule.train_dataloader()
+    first = next(iter(loader))
+    second = list(loader)
+    assert (first.size, [batch.size for batch in second]) == (26, [32] * 4)
+    whole = make(pictures)
+    whole.setup()
+    both = list(whole.train_dataloader()), list(whole.regions_loader(1))
+    assert same(first, both[0][0])
+    assert all(torch.equal(a.images, b.images) for a, b in zip(second, both[1], strict=True))
+
+
+def test_a_plain_loop_goes_on_where_its_state_says(pictures: Path) -> None:
+    def passes(datamodule: MultiSizeDataModule) -> list[list[TrainBatch]]:
+        loader = datamodule.train_dataloader()
+        return [list(loader), list(loader)]
+
+    whole, stopped, resumed, ended = (make(pictures) for _ in range(4))
+    for datamodule in (whole, stopped, resumed, ended):
+        datamodule.setup()
+    first, second = passes(whole)
+    for _, _ in zip(range(3), stopped.train_dataloader(), strict=False):
+        pass
+    state = stopped.state_dict()
+    assert state == {"epoch": 0, "batch": 3}
+    resumed.load_state_dict(json.loads(json.dumps(state)))
+    rest, next_epoch = passes(resumed)
+    assert len(rest) == 1 and same(rest[0], first[3])
+    assert all(same(a, b) for a, b in zip(next_epoch, second, strict=True))
+    ended.load_state_dict({"epoch": 0, "batch": 4})
+    assert all(same(a, b) for a, b in zip(passes(ended)[0], second, strict=True))
+
+
+def test_a_loader_of_regions_moves_no_position(pictures: Path) -> None:
+    datamodule = make(pictures)
+    datamodule.setup()
+    state = datamodule.state_dict()
+    first = list(datamodule.regions_loader(0))
+    assert [batch.images.shape[-1] for batch in first] == [32] * 4
+    assert datamodule.state_dict() == state
+    assert all(torch.equal(a.images, b.images) for a, b in zip(first, one_pass(datamodule), strict=True))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_overfit_batches_gives_the_same_pictures_each_epoch(pictures: Path, num_workers: int) -> None:
+    received = fit(make(pictures, num_workers=num_workers), epochs=3, overfit_batches=2).received
+    assert len(received) == 6
+    assert received[:2] == received[2:4] == received[4:]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_limit_train_batches_takes_the_first_of_each_epoch(pictures: Path, num_workers: int) -> None:
+    whole = fit(make(pictures), epochs=3).received
+    received = fit(make(pictures, num_workers=num_workers), epochs=3, limit_train_batches=2).received
+    assert received == whole[0:2] + whole[4:6] + whole[8:10]
+
+
+def test_planned_sizes(pictures: Path) -> None:
+    def by_batch(seed: int, epoch: int, batch: int) -> int:
+        return 20 + epoch + 2 * (batch % 2)
+
+    datamodule = make(pictures, sizes=by_batch)
+    datamodule.setup()
+    assert datamodule.planned_sizes(2) == {0: [20, 22], 1: [21, 23]}
+    assert datamodule.planned_sizes(2, batches=1) == {0: [20], 1: [21]}
+    module = fit(datamodule, epochs=2, accumulate_grad_batches=2)
+    assert [size for size, _, _ in module.received] == [20, 20, 22, 22] * 2 + [21, 21, 23, 23] * 2
+
+
+def test_workers_end_with_the_fit_and_with_the_loader(pictures: Path) -> None:
+    fit(make(pictures, num_workers=2), epochs=1)
+    assert not multiprocessing.active_children()
+    datamodule = make(pictures, num_workers=2)
+    datamodule.setup()
+    loader = datamodule.train_dataloader()
+    assert len(list(loader)) == 4 and len(multiprocessing.active_children()) == 2
+    gc.disable()  # no circle of references may keep the loader
+    try:
+        del loader
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
+
+
+# The user's mistakes
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_broken_picture_is_named_in_one_line(pictures: Path, tmp_path: Path, num_workers: int, split: str) -> None:
+    for path in sorted(pictures.rglob("*.jpg")):
+        copy = tmp_path / path.relative_to(pictures)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    broken = tmp_path / split / "b" / "01.jpg"
+    broken.write_bytes(broken.read_bytes()[:400])  # the header is whole, so that the index takes it
+    with pytest.raises(ValueError) as caught:
+        trainer(1).fit(Stranger(), datamodule=make(tmp_path, num_workers=num_workers))
+    assert str(caught.value).startswith(f"{broken}: ") and "\n" not in str(caught.value)
+
+
+def test_refused(pictures: Path) -> None:
+    with pytest.raises(ValueError, match=r"^data.region=40 is more than data.resize=36: a region is cut from it$"):
+        make(pictures, region=40)
+    with pytest.raises(ValueError, match=r"^data.place='centre': use one of anywhere, five$"):
+        make(pictures, place="centre")
+    with pytest.raises(ValueError, match=r"^data.mean=\[1, 2\], data.std=\[.*\]: give three grey levels each"):
+        make(pictures, mean=(1, 2))
+    with pytest.raises(ValueError, match="std above 0$"):
+        make(pictures, std=(1, 1, 0))
+    datamodule = make(pictures)
+    with pytest.raises(RuntimeError, match="^call setup"):
+        _ = datamodule.classes
+    datamodule.setup()
+    assert datamodule.classes == ("a", "b", "c")
+    with pytest.raises(ValueError, match=r"^split='all': use one of train, val, test$"):
+        datamodule.views_loader(Views("center_crop"), "all")
+
+
+def test_a_size_above_the_region_is_refused_when_it_comes(pictures: Path) -> None:
+    with pytest.raises(ValueError, match=r"^sizes gave 40 px for epoch 1, more than data.region=32: "):
+        fit(make(pictures, sizes=partial(alternating, sizes=[32, 40])), epochs=2)
+
+
+def test_workers_are_shared_among_the_devices(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, devices, expected in [(2, 1, 2), (64, 1, 8), (64, 16, 4), (4, 8, 1), (None, 1, 1)]:
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        datamodule = as_rank(make(pictures), 0, devices)
+        datamodule.num_workers = None
+        assert datamodule._workers() == expected
