@@ -77,6 +77,9 @@ class Classifier(LightningModule):
         label_smoothing: share of the target that is spread over all classes.
         class_weights: weight of each class in the loss, or None.
         bias_lr: factor on the learning rate of biases; the released ZF-5 has 2.
+        lr_fan_in: weights with more inputs than this learn at a rate smaller by as much; None for one rate. A step of
+            Adam moves every weight by about the rate, so outputs by the rate × inputs (Yang et al. 2022, μP): without
+            it, a rate for a quarter of ZF-5 keeps the whole of it at chance.
         channels_last: keep maps in the memory format that is faster on most machines.
         val_sizes: the test size in px of each validation loader; errors of the first are `val/top1_error`, of the
             others `val/top1_error_180`.
@@ -92,6 +95,7 @@ class Classifier(LightningModule):
         label_smoothing: float = 0.0,
         class_weights: Sequence[float] | None = None,
         bias_lr: float = 1.0,
+        lr_fan_in: int | None = None,
         channels_last: bool = True,
         val_sizes: Sequence[int] = (224,),
         seed: int = 0,
@@ -100,7 +104,7 @@ class Classifier(LightningModule):
         super().__init__()
         self.net = net.to(memory_format=torch.channels_last) if channels_last else net
         self.optimizer, self.schedule = optimizer, schedule
-        self.label_smoothing, self.bias_lr = label_smoothing, bias_lr
+        self.label_smoothing, self.bias_lr, self.lr_fan_in = label_smoothing, bias_lr, lr_fan_in
         self.val_sizes, self.seed, self.identity = tuple(val_sizes), seed, identity or {}
         weights = None if class_weights is None else torch.tensor(list(class_weights), dtype=torch.float32)
         self.register_buffer("class_weights", weights, persistent=False)
@@ -150,19 +154,27 @@ class Classifier(LightningModule):
         return losses.mean()
 
     def configure_optimizers(self) -> Any:
-        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        groups = [{"params": [p for name, p in trained if not name.endswith("bias")]}]
-        groups += [{"params": [p for name, p in trained if name.endswith("bias")]}]
-        optimizer = self.optimizer([group for group in groups if group["params"]])
-        if self.bias_lr != 1 and len(optimizer.param_groups) == 2:
-            optimizer.param_groups[1]["lr"] *= self.bias_lr
+        groups: dict[float, list[nn.Parameter]] = {1.0: []}  # factor on the learning rate → parameters
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault(self._lr_factor(name, parameter), []).append(parameter)
+        groups = {factor: parameters for factor, parameters in groups.items() if parameters}
+        optimizer = self.optimizer([{"params": parameters} for parameters in groups.values()])
+        for group, factor in zip(optimizer.param_groups, groups, strict=True):
+            group["lr"] *= factor
         total = max(1, int(self.trainer.estimated_stepping_batches))
 
-        def factor(step: int) -> float:
+        def scheduled(step: int) -> float:
             return self.schedule(min(1.0, step / total), self.past_errors)
 
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scheduled)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _lr_factor(self, name: str, parameter: nn.Parameter) -> float:
+        if name.endswith("bias"):
+            return self.bias_lr
+        fan_in = parameter[0].numel()
+        return min(1.0, self.lr_fan_in / fan_in) if self.lr_fan_in and parameter.ndim > 1 else 1.0
 
     # Validation: one view of each image, at fixed sizes
 

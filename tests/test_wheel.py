@@ -1,4 +1,4 @@
-"""The wheel, by itself: unpacked away from the checkout it trains, in an empty folder, with things of the user's own."""
+"""The wheel by itself: unpacked away from the checkout it trains, in an empty folder, with things of the user's own."""
 
 from __future__ import annotations
 
