@@ -13,6 +13,7 @@ from typing import Any
 
 import hydra.utils
 import torch
+from hydra._internal.utils import _locate
 from hydra.errors import InstantiationException
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
@@ -27,9 +28,14 @@ from .door import nearest
 from .resume import AtomicCheckpointIO, History, ResumePoint
 from .run import CHECKPOINTS, Run, find_checkpoint, run_folder
 
-# What a run folder or a checkpoint of somebody else's may build without being trusted in so many words.
-# Of torch only what nets and optimizers are made of: torch.hub, for one, runs code from anywhere.
-TRUSTED = ("spp_cls.", "torch.nn.", "torch.optim.", "torchvision.models.", "lightning.pytorch.", "timm.")
+# What a run folder of somebody else's may build without being trusted in so many words: what is written in these
+# modules. Of torch only what nets and optimizers are made of: torch.hub, for one, runs code from anywhere. Of lightning
+# not its cli, and of spp_cls not the programs, because they build what they are told.
+TRUSTED = (
+    *("spp_cls.models.", "spp_cls.data.", "spp_cls.borrowed.", "spp_cls.classifier.", "spp_cls.schedules."),
+    *("torch.nn.", "torch.optim.", "torchvision.models.", "timm."),
+    *("lightning.pytorch.trainer.", "lightning.pytorch.callbacks.", "lightning.pytorch.loggers."),
+)
 
 
 def instantiate(config: Any, where: str, **arguments: Any) -> Any:
@@ -50,7 +56,10 @@ def instantiate(config: Any, where: str, **arguments: Any) -> Any:
             raise cause from None
         lines = [line for line in str(cause or error).splitlines() if line.strip()]
         raise ValueError(f"{where}: {lines[0] if lines else error}") from error
-    return make(**arguments)
+    try:
+        return make(**arguments)
+    except TypeError as error:  # a value of a kind that nobody checked before
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _check_arguments(config: Any, where: str, arguments: dict[str, Any]) -> None:
@@ -58,12 +67,13 @@ def _check_arguments(config: Any, where: str, arguments: dict[str, Any]) -> None
     if not isinstance(config, DictConfig) or "_target_" not in config:
         return
     try:
-        target = hydra.utils.get_object(config._target_)
+        target = _locate(config._target_)  # hydra.utils.get_object, which logs besides
         signature = inspect.signature(target)
     except ValueError:  # a builtin without a signature
         return
     except Exception as error:
-        raise ValueError(f"{where}._target_={config._target_}: cannot be imported ({error})") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{where}._target_={config._target_}: cannot be imported ({reason})") from error
     takes = signature.parameters
     if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
         given = [str(key) for key in config if not str(key).startswith("_")]
@@ -97,6 +107,8 @@ def build_datamodule(config: DictConfig) -> MultiSizeDataModule:
 
 def build_net(config: DictConfig, num_classes: int) -> nn.Module:
     """The net of `config.model`."""
+    if not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed={config.seed}: use a whole number from 0 to {2**32 - 1}")
     seed_everything(config.seed, verbose=False)  # nets that start by torch's own rules draw from the global state
     net: nn.Module = instantiate(config.model, "model", num_classes=num_classes)
     return net
@@ -189,9 +201,11 @@ def quieten() -> None:
     """Lightning's remarks (no TPU, a product of theirs; what of torch it uses that is deprecated) help no user."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # whose table was asked for
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
     warnings.filterwarnings("ignore", message=r".*does not have many workers")
     warnings.filterwarnings("ignore", message=r".*exists and is not empty")  # a run that goes on
+    warnings.filterwarnings("ignore", message=r"The dirpath has changed")  # ResumePoint sees to it
     warnings.filterwarnings("ignore", message=r".*sync_dist=True")  # the errors are summed over the ranks already
 
 
@@ -233,16 +247,28 @@ def load_run(path: str | Path, which: str = "last", trust: bool = False) -> Run:
 
 
 def refuse_untrusted(config: Any, path: Path) -> None:
-    """Raise where `config`, read from `path`, names anything to build outside the packages of `TRUSTED`."""
+    """Raise where `config`, read from `path`, names anything to build that was not written in `TRUSTED`."""
     if isinstance(config, dict):
         target = config.get("_target_")
-        if target is not None and not (isinstance(target, str) and target.startswith(TRUSTED)):
+        if target is not None and not _is_trusted(target):
             raise ValueError(
                 f"{path} would build {target}, which is not part of spp_cls; add trust=true if you trust it"
             )
     if isinstance(config, dict | list):
         for value in config.values() if isinstance(config, dict) else config:
             refuse_untrusted(value, path)
+
+
+def _is_trusted(target: Any) -> bool:
+    """By where the thing was written, not by its name alone: spp_cls.build.os.system is os.system."""
+    packages = {module.partition(".")[0] for module in TRUSTED}
+    if not isinstance(target, str) or target.partition(".")[0] not in packages:
+        return False  # and is not imported
+    try:
+        thing = _locate(target)
+    except Exception:  # there is nothing of that name
+        return False
+    return f"{getattr(thing, '__module__', None)}.".startswith(TRUSTED)
 
 
 def restore_classifier(run: Run) -> Classifier:

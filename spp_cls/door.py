@@ -67,14 +67,14 @@ def register_resolvers() -> None:
     """What the configs compute by.
 
     `${px:180,${data.region}}`: 180 px at a region of 224, in proportion else. `${choice:model}`: which file of the
-    group was chosen. `${run_id:}`: four hex digits, the same throughout a command. `${choices:train}` and
+    group was chosen. `${run_id:}`: eight hex digits, the same throughout a command. `${choices:train}` and
     `${settings:train}`: what --help says.
     """
     OmegaConf.register_new_resolver("choices", help_on_choices, replace=True)
     OmegaConf.register_new_resolver("settings", help_on_settings, replace=True)
     OmegaConf.register_new_resolver("px", lambda size, region: round(size * region / 224), replace=True)
     OmegaConf.register_new_resolver("choice", _choice, replace=True)
-    OmegaConf.register_new_resolver("run_id", lambda: uuid.uuid4().hex[:4], use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("run_id", lambda: uuid.uuid4().hex[:8], use_cache=True, replace=True)
 
 
 _choices_of_command: dict[str, str] = {}  # Hydra names the folder of a grid before its own choices can be asked for
@@ -133,7 +133,7 @@ def open_door(verb: str, program: Program, arguments: list[str]) -> None:
         arguments = [f"{word[:-4]}none" if word in ("logger=null", "callbacks=null") else word for word in arguments]
         arguments = [word for word in arguments if word not in ("experiment=null", "debug=null", "hparams_search=null")]
         arguments = [*arguments, *_own_conf(arguments)]
-        arguments = _go_on(arguments)
+        arguments = _settings_first(_go_on(arguments))
         if not _only_asks(arguments):
             _check(verb, arguments)
     except ValueError as error:
@@ -147,15 +147,19 @@ def open_door(verb: str, program: Program, arguments: list[str]) -> None:
         except ValueError as error:
             if os.environ.get("HYDRA_FULL_ERROR"):
                 raise
-            _leave_nothing(Path(HydraConfig.get().runtime.output_dir))
             fail(verb, error)
         except Exception as error:
             if type(error).__name__ != "MisconfigurationException" or os.environ.get("HYDRA_FULL_ERROR"):
                 raise
             fail(verb, error)
+        finally:
+            _leave_nothing(Path(HydraConfig.get().runtime.output_dir))
 
     sys.argv = [sys.argv[0], *arguments]
-    hydra.main(config_path=str(conf_folder()), config_name=verb, version_base="1.3")(task)()
+    try:
+        hydra.main(config_path=str(conf_folder()), config_name=verb, version_base="1.3")(task)()
+    except (HydraException, OmegaConfBaseException) as error:  # --help with a mistake in what stands beside it
+        fail(verb, _explain(verb, [], str(error)))
 
 
 def fail(verb: str, error: BaseException | str) -> NoReturn:
@@ -190,7 +194,7 @@ def _own_conf(arguments: list[str]) -> list[str]:
         return []
     if any("hydra.searchpath" in argument for argument in arguments):
         return []
-    return [f"hydra.searchpath=[file://{own}]"]
+    return [f"hydra.searchpath=[{quoted(f'file://{own}')}]"]
 
 
 def _go_on(arguments: list[str]) -> list[str]:
@@ -199,19 +203,39 @@ def _go_on(arguments: list[str]) -> list[str]:
     value = given[-1].partition("=")[2].strip("\"'") if given else ""
     if value in ("", "null"):
         return arguments
-    if value in ("last", "best"):
+    if value == "best":
+        raise ValueError("ckpt_path=best: best.ckpt is for testing; training goes on from ckpt_path=last")
+    if value == "last":
         folder = newest_run(Path("runs"))
     elif Path(value).is_file() and not any((p / "config.yaml").is_file() for p in Path(value).parents[:2]):
         return arguments  # a checkpoint that lies by itself: its weights and position, our config
     else:
         folder = run_folder(value, "ckpt_path")
-    kept = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
+    overrides = folder / ".hydra" / "overrides.yaml"
+    if not overrides.is_file():
+        raise ValueError(f"{overrides} does not exist: how that run was started is not known; name a checkpoint file")
+    kept = OmegaConf.load(overrides)
     own = [argument for argument in arguments if argument not in given]
     checkpoint = value if Path(value).is_file() else folder / "checkpoints" / "last.ckpt"
-    if value == "best":
-        raise ValueError("ckpt_path=best: best.ckpt is for testing; training goes on from ckpt_path=last")
     before = [str(override) for override in kept if not str(override).startswith("ckpt_path=")]
-    return [*before, *own, f"ckpt_path='{checkpoint}'", f"hydra.run.dir='{folder}'"]
+    return [*before, *own, f"ckpt_path={quoted(checkpoint)}", f"hydra.run.dir={quoted(folder)}"]
+
+
+def quoted(path: str | Path) -> str:
+    """`path` as Hydra reads it back, whatever letters are in it."""
+    # A backslash is itself but before a quote, where it must be doubled, and before a dollar, where it hides that.
+    text = re.sub(r"(\\*)('|\Z)", lambda end: 2 * end[1] + end[2].replace("'", "\\'"), str(path))
+    return "'" + text.replace("${", "\\${") + "'"
+
+
+def _settings_first(arguments: list[str]) -> list[str]:
+    """Hydra reads no setting that stands behind an option."""
+    parsed, unknown = get_args_parser().parse_known_args(arguments)
+    settings = [*parsed.overrides, *(word for word in unknown if not word.startswith("-"))]
+    options = list(arguments)
+    for word in settings:
+        options.remove(word)
+    return [*settings, *options]
 
 
 def _only_asks(arguments: list[str]) -> bool:
@@ -231,7 +255,12 @@ def _check(verb: str, arguments: list[str]) -> None:
             raise ValueError(f"{word}: settings are given as key=value, see spp {verb} --help")
     overrides = _parse(words)
     if parsed.config_dir:
-        words.append(f"hydra.searchpath=[file://{Path(parsed.config_dir).resolve()}]")
+        more = quoted(f"file://{Path(parsed.config_dir).resolve()}")
+        place = next((i for i, word in enumerate(words) if word.startswith("hydra.searchpath=[")), None)
+        if place is None:
+            words.append(f"hydra.searchpath=[{more}]")
+        else:
+            words[place] = f"{words[place][:-1]},{more}]"  # of two, Hydra would read the first alone
     sweeps = {i: _choices(o) for i, o in enumerate(overrides) if o.is_sweep_override()}
     if sweeps and not parsed.multirun:
         one = overrides[next(iter(sweeps))].input_line
@@ -291,20 +320,18 @@ def _compose(name: str, words: list[str]) -> DictConfig:
 def _compose_or_explain(name: str, words: list[str], overrides: list[Override]) -> None:
     try:
         config = _compose(name, words)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ValueError(_explain(name, words, str(error))) from None
-    groups = [word for word, override in zip(words, overrides, strict=False) if override.get_key_element() in _groups()]
-    _check_types(config, _compose(name, groups))
+    groups = {*_groups(), "hydra.searchpath"}
+    _check_types(config, _compose(name, [word for word in words if word.lstrip("+~").partition("=")[0] in groups]))
     missing = [key for key in _dotted(config) if _is(OmegaConf.is_missing, config, key)]
     if missing:
         raise ValueError(f"{missing[0]} has no value: give one, like {missing[0]}=…")
     added = [o.key_or_group.partition(".")[0] for o in overrides if o.is_add() or o.is_force_add()]
     known = set(_compose(name, [])) if added else set()
     for key in added:
-        if key not in known and key != "hydra" and not (conf_folder() / key).is_dir():
-            own = Path.cwd() / "conf" / key
-            if not own.is_dir():
-                raise ValueError(f"+{key}: nothing here reads that key{nearest(key, known)}")
+        if key not in known and key not in ("hydra", *_groups()):
+            raise ValueError(f"+{key}: nothing here reads that key{nearest(key, known)}")
 
 
 def _explain(name: str, words: list[str], message: str) -> str:
@@ -312,9 +339,10 @@ def _explain(name: str, words: list[str], message: str) -> str:
     group = re.search(r"Could not (?:find|load) '([^']+)'", message) or re.search(r"'([^']+)' not found", message)
     if group and "/" in group[1]:
         kind, _, option = group[1].rpartition("/")
-        options = sorted({path.stem for path in _choices_of(kind)} - {"base"})
-        listed = f" ({', '.join(options)})" if options else ""
-        return f"{kind}={option}: there is no {kind} of that name{nearest(option, options) or '; choose one'}{listed}"
+        listed = {path.stem for path in _choices_of(kind)} | set(re.findall(r"^\t(\w+)$", message, re.MULTILINE))
+        options = sorted(listed - {"base"})
+        hint = nearest(option, options) or "; choose one"
+        return f"{kind}={option}: there is no {kind} of that name{hint} ({', '.join(options)})"
     twice = re.search(r"Multiple values for (\w+)", message)
     if twice:
         return f"{twice[1]}: has a choice already; write {twice[1]}=…, without the plus"
@@ -352,7 +380,7 @@ def _choices_of(group: str) -> list[Path]:
 
 
 def _groups() -> list[str]:
-    return [folder.name for folder in conf_folder().iterdir() if folder.is_dir()]
+    return [path.name for conf in (conf_folder(), Path.cwd() / "conf") for path in conf.glob("*") if path.is_dir()]
 
 
 def _dotted(config: Any, prefix: str = "") -> list[str]:
@@ -366,11 +394,13 @@ def _dotted(config: Any, prefix: str = "") -> list[str]:
 
 
 def _leave_nothing(folder: Path) -> None:
-    """Remove a run folder in which nothing has begun, and that Hydra made."""
+    """Remove the folder that Hydra made for a program that wrote nothing into it, and what is empty above."""
     if HydraConfig.get().output_subdir and [path.name for path in folder.iterdir()] == [".hydra"]:
-        shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            folder.parent.rmdir()  # only if it is empty
+        shutil.rmtree(folder / ".hydra", ignore_errors=True)
+    with contextlib.suppress(OSError):  # it is not empty
+        while folder not in (Path.cwd(), *Path.cwd().parents):
+            folder.rmdir()
+            folder = folder.parent
 
 
 def is_multirun() -> bool:

@@ -80,6 +80,7 @@ def run(config: DictConfig) -> None:
     """Everything that `spp plan` does with a config."""
     from . import build
 
+    build.check_arguments(config)
     datamodule = build.build_datamodule(config)
     net = build.build_net(config, len(datamodule.classes))
     devices = config.trainer.devices

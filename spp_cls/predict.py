@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from omegaconf import DictConfig
 
-from .door import open_door
+from .door import open_door, quoted
 
 if TYPE_CHECKING:
     from .classifier import Classifier
@@ -137,8 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
         is_setting = word.startswith(("-", "+", "~")) or "=" in word
         (settings if is_setting and not Path(word).exists() else paths).append(word)
     if paths:
-        quoted = ",".join("'" + path.replace("\\", "\\\\").replace("'", "\\'") + "'" for path in paths)
-        settings.append(f"paths=[{quoted}]")
+        settings.append(f"paths=[{','.join(map(quoted, paths))}]")
     open_door("predict", run, settings)
 
 

@@ -67,6 +67,14 @@ class ResumePoint(Checkpoint):
         self.every_seconds = 60 * every_minutes
         self._saved = time.monotonic()
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A run folder that was moved still knows its best checkpoint, which a worse one would replace else."""
+        here = str(self.path.parent)
+        for state in checkpoint["callbacks"].values():
+            there = state.get("dirpath")
+            if there and Path(here, Path(state["best_model_path"]).name).is_file():
+                state.update(_moved(state, there, here))
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved = time.monotonic()
 
@@ -86,6 +94,12 @@ class ResumePoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self.path)
         self._saved = time.monotonic()
+
+
+def _moved(value: Any, there: str, here: str) -> Any:
+    if isinstance(value, dict):
+        return {_moved(k, there, here): _moved(v, there, here) for k, v in value.items()}
+    return here + value[len(there) :] if isinstance(value, str) and value.startswith(there) else value
 
 
 class History(Callback):

@@ -48,14 +48,15 @@ class Run:
         return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def run_folder(path: str | Path) -> Path:
-    """The run folder that `path` is, or that the checkpoint `path` lies in."""
+def run_folder(path: str | Path, key: str = "run") -> Path:
+    """The run folder that `path`, given as `key`, is, or that the checkpoint `path` lies in."""
     given = Path(path)
     for folder in (given, *given.parents[:2]):
         if (folder / "config.yaml").is_file():
             return folder
     reason = "does not exist" if not given.exists() else "holds no config.yaml, so it is no run folder"
-    raise ValueError(f"run={given} {reason}; name a folder that spp train made, like runs/shapes-tiny/<date>_<time>_…")
+    example = "runs/shapes-tiny/<date>_<time>_…"
+    raise ValueError(f"{key}={given} {reason}; name a folder that spp train made, like {example}")
 
 
 def find_checkpoint(path: str | Path, which: str = "last") -> Path:
@@ -71,7 +72,8 @@ def find_checkpoint(path: str | Path, which: str = "last") -> Path:
 
 def newest_run(runs: Path) -> Path:
     """The run folder below `runs` that was begun last."""
-    configs = sorted(runs.glob("**/config.yaml"), key=lambda path: path.parent.name)
+    found = [path for path in runs.glob("**/config.yaml") if path.parent.name != ".hydra"]
+    configs = sorted(found, key=lambda path: path.parent.name)
     if not configs:
         raise ValueError(f"{runs}: no run there yet; name a run folder or a checkpoint")
     return configs[-1].parent

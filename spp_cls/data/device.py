@@ -31,15 +31,27 @@ def device_step(
     `flip` is the share of mirrored pictures, `colour` the σ of the PCA shift; `mean` and `std` are in grey levels
     (0–255). He et al. 2014, §2.3: a smaller training size is the same region, resized, not a smaller crop.
     """
-    if images.device.type == "cpu":  # image by image, in uint8: the whole batch in float would be memory-bound
-        out = images.new_empty(len(images), 3, size, size, dtype=torch.float32)
-        out = out.contiguous(memory_format=torch.channels_last)
-        for i in range(len(images)):
-            one = resize(images[i : i + 1], size)
-            out[i] = _flip_shift_normalise(one, uniforms[i : i + 1], mean, std, flip, colour)[0]
-        return out
+    scale, offset = _scale_and_offset(mean, std, images.device)
+    offset = offset + colour_shift(uniforms, colour) * scale  # (B, 3)
+    mirrored = uniforms[:, FLIP] < flip
+    route = _image_by_image if images.device.type == "cpu" else _at_once
+    return route(images, size, mirrored, scale, offset)
+
+
+def _image_by_image(images: Tensor, size: int, mirrored: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """On a CPU, and in uint8 as long as it goes: the whole batch in float would be bound by memory."""
+    out = torch.empty(len(images), 3, size, size).contiguous(memory_format=torch.channels_last)
+    for image, mirror, shift, place in zip(images, mirrored.tolist(), offset, out, strict=True):
+        resized = resize(image[None], size)[0]
+        torch.mul(resized.flip(2) if mirror else resized, scale[:, None, None], out=place)
+        place.add_(shift[:, None, None])
+    return out
+
+
+def _at_once(images: Tensor, size: int, mirrored: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     resized = resize(images.float(), size)
-    out = _flip_shift_normalise(resized, uniforms, mean, std, flip, colour)
+    resized = torch.where(mirrored[:, None, None, None], resized.flip(3), resized)
+    out = resized * scale[:, None, None] + offset[:, :, None, None]
     return out.contiguous(memory_format=torch.channels_last)
 
 
@@ -65,16 +77,6 @@ def colour_shift(uniforms: Tensor, sigma: float) -> Tensor:
     weights = torch.special.ndtri(chance) * sigma * 255 * uniforms.new_tensor(EIGENVALUES)  # (B, 3)
     shift: Tensor = weights @ uniforms.new_tensor(EIGENVECTORS).T
     return shift
-
-
-def _flip_shift_normalise(
-    images: Tensor, uniforms: Tensor, mean: Sequence[float], std: Sequence[float], flip: float, colour: float
-) -> Tensor:
-    mirrored = (uniforms[:, FLIP] < flip)[:, None, None, None]
-    images = torch.where(mirrored, images.flip(3), images)
-    scale, offset = _scale_and_offset(mean, std, images.device)
-    offset = offset + colour_shift(uniforms, colour) * scale  # (B, 3)
-    return images * scale[:, None, None] + offset[:, :, None, None]
 
 
 def _scale_and_offset(mean: Sequence[float], std: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor]:

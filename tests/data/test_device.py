@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -8,11 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from spp_cls.data import device
 from spp_cls.data.datamodule import IMAGENET_MEAN, IMAGENET_STD, to_uint8
 from spp_cls.data.device import (
     EIGENVALUES,
     EIGENVECTORS,
-    _flip_shift_normalise,
     colour_shift,
     device_step,
     normalise,
@@ -44,9 +46,15 @@ def with_pillow(image: Tensor, size: int) -> Tensor:
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
+def at_once(*arguments: Any, **options: Any) -> Tensor:
+    """`device_step` by the route of a GPU."""
+    with patch.object(device, "_image_by_image", device._at_once):
+        return device_step(*arguments, **options)
+
+
 def batched(images: Tensor, chance: Tensor, size: int, mean: list[float], std: list[float]) -> Tensor:
     """The route of a GPU, on this device."""
-    return _flip_shift_normalise(resize(images.float(), size), chance, mean, std, 0.5, 0.1)
+    return at_once(images, chance, size, mean=mean, std=std)
 
 
 def test_the_same_size_is_only_normalised() -> None:
@@ -84,7 +92,7 @@ def test_mirrored_where_the_uniform_is_below_flip_and_nowhere_else() -> None:
     chance[:, FLIP] = torch.tensor([0.0, 0.29, 0.3, 0.99])
     for out in (
         device_step(images, chance, 16, **{**PLAIN, "flip": 0.3}),
-        _flip_shift_normalise(images.float(), chance, (0, 0, 0), (1, 1, 1), 0.3, 0),
+        at_once(images, chance, 16, **{**PLAIN, "flip": 0.3}),
     ):
         assert torch.equal(out[:2], images[:2].flip(3).float())
         assert torch.equal(out[2:], images[2:].float())
@@ -140,7 +148,7 @@ def test_each_image_gets_the_shift_of_its_own_uniforms() -> None:
     assert shifts[0].ne(shifts[1]).all()
     for out in (
         device_step(images, chance, 8, **{**PLAIN, "colour": 0.1}),
-        _flip_shift_normalise(images.float(), chance, (0, 0, 0), (1, 1, 1), 0, 0.1),
+        at_once(images, chance, 8, **{**PLAIN, "colour": 0.1}),
     ):
         expected = images + shifts[:, :, None, None]
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-4)

@@ -1,0 +1,104 @@
+"""The run folder: found by what people name, and never half written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spp_cls.run import Run, digest, environment, find_checkpoint, newest_run, run_folder, write_json
+
+
+def make_run(folder: Path, *checkpoints: str) -> Path:
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text("seed: 0\n")
+    for name in checkpoints:
+        (folder / "checkpoints" / f"{name}.ckpt").write_bytes(b"weights")
+    return folder
+
+
+def test_a_run_is_named_by_its_folder_or_a_checkpoint_in_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs" / "a" / "2026", "last")
+    assert run_folder(run) == run_folder(str(run)) == run
+    assert run_folder(run / "checkpoints" / "last.ckpt") == run
+    with pytest.raises(ValueError, match=f"^run={tmp_path}/nope does not exist; name a folder that spp train made"):
+        run_folder(tmp_path / "nope")
+    with pytest.raises(ValueError, match=f"^ckpt_path={tmp_path} holds no config.yaml, so it is no run folder"):
+        run_folder(tmp_path, "ckpt_path")
+    with pytest.raises(ValueError, match="holds no config.yaml"):
+        run_folder(tmp_path / "runs")  # above a run
+
+
+def test_checkpoints_are_found_by_name_or_as_files(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "last")
+    assert find_checkpoint(run) == run / "checkpoints" / "last.ckpt"
+    assert find_checkpoint(run / "checkpoints" / "last.ckpt", "best") == run / "checkpoints" / "last.ckpt"
+    with pytest.raises(ValueError, match="best.ckpt does not exist; the run has saved no 'best' checkpoint"):
+        find_checkpoint(run, "best")
+
+
+def test_the_newest_run_is_the_one_begun_last_whatever_its_name(tmp_path: Path) -> None:
+    for name in ("zf5/2026-01-02_00-00-00_ffff", "tiny/2026-01-03_00-00-00_0000", "zf5/2026-01-01_00-00-00_0000"):
+        make_run(tmp_path / name)
+    failed = tmp_path / "tiny" / "2026-01-04_00-00-00_0000" / ".hydra"
+    failed.mkdir(parents=True)
+    (failed / "config.yaml").touch()
+    assert newest_run(tmp_path) == tmp_path / "tiny" / "2026-01-03_00-00-00_0000"
+    with pytest.raises(ValueError, match="no run there yet"):
+        newest_run(failed)
+    with pytest.raises(ValueError, match="no run there yet"):
+        newest_run(tmp_path / "nope")
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "deep" / "results.json"
+    write_json(path, {"error": 1.5, "folder": tmp_path})
+    assert json.loads(path.read_text()) == {"error": 1.5, "folder": str(tmp_path)}
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError):
+            write_json(path, {"error": 2.5})
+    assert json.loads(path.read_text())["error"] == 1.5
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_json(path, {"error": 2.5})
+    assert json.loads(path.read_text())["error"] == 1.5
+    with pytest.raises(TypeError):
+        write_json(path, {("no", "key"): 1})
+    assert json.loads(path.read_text())["error"] == 1.5
+
+
+def test_results_are_empty_until_there_are_some(tmp_path: Path) -> None:
+    run = Run(tmp_path, {}, tmp_path / "last.ckpt")
+    assert run.results == {}
+    write_json(tmp_path / "results.json", {"test/top1_error": 3.0})
+    assert run.results == {"test/top1_error": 3.0}
+
+
+def test_the_environment_says_what_a_result_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["spp", "train", "seed=1"])
+    found = environment("seed: 1\n", "abc")
+    assert found["command"] == ["spp", "train", "seed=1"]
+    assert found["folder"] == str(tmp_path)
+    assert found["commit"] is None and found["diff"] is None  # no repository here
+    assert torch.__version__.startswith(found["versions"]["torch"])
+    assert set(found["versions"]) >= {"spp_cls", "lightning", "hydra-core", "numpy", "pillow", "torchvision"}
+    assert found["config_hash"] == digest("seed: 1\n") == hashlib.sha256(b"seed: 1\n").hexdigest()[:16]
+    assert found["index_hash"] == "abc"
+    assert found["threads"] == torch.get_num_threads()
+    json.dumps(found)
