@@ -44,6 +44,8 @@ def instantiate(config: Any, where: str, **arguments: Any) -> Any:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise ValueError(f"{missing[0]} has no value: give one, like {missing[0]}=…")
+        if "_target_" not in config:
+            raise ValueError(f"{where} names nothing to build: give it a _target_, like package.module.Class")
     _check_arguments(config, where, arguments)
     try:
         if not arguments:
