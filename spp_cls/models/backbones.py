@@ -91,7 +91,6 @@ TINY: tuple[Layer, ...] = (
     Pool(3, 2, padding=1),  # 28 | 23
     Conv(32, 3, padding=1),
     Pool(3, 2),  # 13 | 11
-    Conv(64, 3, padding=1),
     Conv(64, 3, padding=1),  # 13 | 11
 )
 
