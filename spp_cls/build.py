@@ -159,6 +159,7 @@ def identity(config: DictConfig, datamodule: MultiSizeDataModule) -> dict[str, A
     return {
         "config": OmegaConf.to_container(config, resolve=True),
         "classes": list(datamodule.classes),
+        "index": datamodule.index.digest if datamodule.index else None,
         "val_sizes": list(datamodule.val_sizes),
         "region": datamodule.region,
         "resize": datamodule.resize,
@@ -208,6 +209,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=r".*does not have many workers")
     warnings.filterwarnings("ignore", message=r".*exists and is not empty")  # a run that goes on
     warnings.filterwarnings("ignore", message=r"The dirpath has changed")  # ResumePoint sees to it
+    warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode")  # a frozen backbone
     warnings.filterwarnings("ignore", message=r".*sync_dist=True")  # the errors are summed over the ranks already
 
 
@@ -282,7 +284,13 @@ def restore_classifier(run: Run) -> Classifier:
             config.model[key] = None
     state = read_checkpoint(run.checkpoint)
     classifier = build_classifier(config, state["spp_cls"]["identity"])
-    classifier.load_state_dict(state["state_dict"])
+    try:
+        classifier.load_state_dict(state["state_dict"])
+    except RuntimeError as error:
+        raise ValueError(
+            f"{run.checkpoint}: its weights do not fit the net that {run.folder / 'config.yaml'} builds now; "
+            "it was trained by other code"
+        ) from error
     return classifier.eval()
 
 
@@ -299,6 +307,44 @@ def restore_datamodule(run: Run, classifier: Classifier, root: str | None = None
             f"{run.checkpoint} was trained on; give the data of that run, with root=…"
         )
     return datamodule
+
+
+def refuse_to_go_on(checkpoint: Path, now: dict[str, Any]) -> None:
+    """Raise where a run cannot go on from `checkpoint`: other pictures, or a setting that decides what is learnt.
+
+    `now` is the identity of this command. Length, devices, loggers, callbacks, testing and workers may differ.
+    """
+    before = read_checkpoint(checkpoint)["spp_cls"]["identity"]
+    if before.get("index") != now["index"]:
+        raise ValueError(
+            f"ckpt_path={checkpoint}: its run was trained on other pictures than these; "
+            "give the same, or take its weights alone, by model.init_from"
+        )
+    old, new = _decisive(before.get("config", {})), _decisive(now["config"])
+    for key in sorted({*old, *new}):
+        if old.get(key) != new.get(key):
+            raise ValueError(
+                f"ckpt_path={checkpoint}: its run has {key}={old.get(key)}, here it is {new.get(key)}; "
+                "go on with the same, or take its weights alone, by model.init_from"
+            )
+
+
+def _decisive(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a run cannot change on its way, by dotted key."""
+    free = ("data.root", "data.num_workers", "data.val_sizes", "model.init_from", "model.weights")
+    flat: dict[str, Any] = {"seed": config.get("seed")}
+
+    def walk(value: Any, key: str) -> None:
+        if isinstance(value, dict):
+            for name, nested in value.items():
+                walk(nested, f"{key}.{name}")
+        elif key not in free:
+            flat[key] = value
+
+    for group in ("model", "data", "sizes", "classifier", "optimizer", "schedule"):
+        walk(config.get(group), group)
+    walk(config.get("trainer", {}).get("accumulate_grad_batches"), "trainer.accumulate_grad_batches")
+    return flat
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def plan(
     lines.append(f"{'size px':>12} {'map':>9} {'GFLOP/image':>12} {'to train':>9} {'memory at once':>15}")
     for c in costs:
         memory = c.training_bytes(batches.micro_batch_size, optimizer) / 1e9
-        map_size = f"{c.map_size[0]}×{c.map_size[1]}"
+        map_size = f"{c.map_size[0]}×{c.map_size[1]}" if c.map_size[0] else "–"
         forward, training = c.forward_flops / 1e9, c.training_flops / 1e9
         lines.append(f"{c.size:>12} {map_size:>9} {forward:>12.3f} {training:>9.3f} {memory:>12.2f} GB")
     per_size = {c.size: c.training_flops for c in costs}

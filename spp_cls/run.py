@@ -71,8 +71,8 @@ def find_checkpoint(path: str | Path, which: str = "last") -> Path:
 
 
 def newest_run(runs: Path) -> Path:
-    """The run folder below `runs` that was begun last."""
-    found = [path for path in runs.glob("**/config.yaml") if path.parent.name != ".hydra"]
+    """The run folder below `runs` that was begun last, of those with a checkpoint to go on from."""
+    found = [path.parent.parent / "config.yaml" for path in runs.glob("**/checkpoints/last.ckpt")]
     configs = sorted(found, key=lambda path: path.parent.name)
     if not configs:
         raise ValueError(f"{runs}: no run there yet; name a run folder or a checkpoint")

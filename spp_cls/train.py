@@ -62,9 +62,14 @@ def run(config: DictConfig) -> float | None:
     build.check_arguments(config)
     datamodule = build.build_datamodule(config)
     identity = build.identity(config, datamodule)
-    classifier = build.build_classifier(config, identity, build.class_weights(config, datamodule))
-    trainer = build.build_trainer(config, folder)
     ckpt_path = find_checkpoint(config.ckpt_path) if config.ckpt_path else None
+    to_build = config.copy()
+    if ckpt_path:
+        build.refuse_to_go_on(ckpt_path, identity)
+        if "init_from" in config.model:
+            to_build.model.init_from = None  # the checkpoint has the weights
+    classifier = build.build_classifier(to_build, identity, build.class_weights(config, datamodule))
+    trainer = build.build_trainer(config, folder)
     check(classifier.net, datamodule, trainer)
 
     assert datamodule.index is not None
@@ -97,8 +102,8 @@ def _last_epoch(folder: Path) -> dict[str, float]:
 
 def _say_where(folder: Path, metrics: dict[str, Any], config: DictConfig) -> None:
     if "test/top1_error" in metrics:
-        errors = f"top-1 {metrics['test/top1_error']:.2f} %, top-5 {metrics['test/top5_error']:.2f} %"
-        print(f"test error ({config.views.crops}): {errors}")
+        top5 = f", top-5 {metrics['test/top5_error']:.2f} %" if metrics["test/top5_error"] else ""
+        print(f"test error ({config.views.crops}): top-1 {metrics['test/top1_error']:.2f} %{top5}")
     print(f"all of it: {folder}")
     if (folder / "tensorboard").is_dir():
         print(f"look:      tensorboard --logdir {folder.parent}")

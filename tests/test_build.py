@@ -227,3 +227,35 @@ def test_a_run_is_restored_with_its_weights_in_eval_mode(trained: Path) -> None:
     assert classifier.identity["classes"] == ["a", "b", "c"]
     assert classifier.identity["region"] == 32
     assert run.results["epochs"] == 2
+
+
+def test_a_run_goes_on_only_with_the_pictures_and_settings_that_decide_what_is_learnt(tmp_path: Path) -> None:
+    settings = {
+        "seed": 0,
+        "model": {"levels": [6, 3, 2, 1], "init_from": None},
+        "data": {"root": "a", "batch_size": 8, "num_workers": 0},
+        "trainer": {"max_epochs": 2, "accumulate_grad_batches": 1},
+    }
+
+    def identity(index: str = "x", **changes: Any) -> dict[str, Any]:
+        config = {
+            key: {**value, **changes.get(key, {})} if isinstance(value, dict) else value
+            for key, value in settings.items()
+        }
+        return {"config": {**config, "seed": changes.get("seed", 0)}, "index": index}
+
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": {}, "spp_cls": {"identity": identity()}}, path)
+    build.refuse_to_go_on(path, identity(data={"root": "b", "num_workers": 2}, trainer={"max_epochs": 9}))
+    for other, line in (
+        (identity("y"), "its run was trained on other pictures than these"),
+        (identity(seed=5), "its run has seed=0, here it is 5"),
+        (identity(model={"levels": [3, 1]}), r"its run has model.levels=\[6, 3, 2, 1\], here it is \[3, 1\]"),
+        (identity(data={"batch_size": 4}), "its run has data.batch_size=8, here it is 4"),
+        (
+            identity(trainer={"accumulate_grad_batches": 2}),
+            "its run has trainer.accumulate_grad_batches=1, here it is 2",
+        ),
+    ):
+        with pytest.raises(ValueError, match=line):
+            build.refuse_to_go_on(path, other)

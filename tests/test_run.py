@@ -42,7 +42,8 @@ def test_checkpoints_are_found_by_name_or_as_files(tmp_path: Path) -> None:
 
 def test_the_newest_run_is_the_one_begun_last_whatever_its_name(tmp_path: Path) -> None:
     for name in ("zf5/2026-01-02_00-00-00_ffff", "tiny/2026-01-03_00-00-00_0000", "zf5/2026-01-01_00-00-00_0000"):
-        make_run(tmp_path / name)
+        make_run(tmp_path / name, "last")
+    make_run(tmp_path / "tiny" / "2026-01-05_00-00-00_0000")  # it has saved nothing yet
     failed = tmp_path / "tiny" / "2026-01-04_00-00-00_0000" / ".hydra"
     failed.mkdir(parents=True)
     (failed / "config.yaml").touch()

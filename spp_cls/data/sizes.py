@@ -24,6 +24,8 @@ def alternating(seed: int, epoch: int, batch: int, *, sizes: Sequence[int]) -> i
     Paper: which size comes first is not said. Here: `sizes` in the order given, and the default [180, 224] ends an
     even number of epochs at 224, the test size.
     """
+    if not sizes:
+        raise ValueError("sizes.sizes=[]: give at least one size in px, like [180, 224]")
     return sizes[epoch % len(sizes)]
 
 

@@ -48,7 +48,7 @@ class Views:
     def __post_init__(self) -> None:
         if self.crops not in CROPS:
             raise ValueError(f"views.crops={self.crops!r}: use one of {', '.join(CROPS)}")
-        if self.size is not None and self.size < 1:
+        if self.size is not None and (not isinstance(self.size, int) or self.size < 1):
             raise ValueError(f"views.size={self.size}: use a number of px, like 224")
 
     def __call__(self, image: Tensor) -> Tensor:

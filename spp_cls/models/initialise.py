@@ -45,7 +45,7 @@ def _normal(weight: Tensor, std: float, name: str, seed: int) -> None:
 def load_weights(net: nn.Module, path: str) -> None:
     """Copy weights, and nothing else, from a checkpoint or run folder; the last layer may have other classes.
 
-    Raises ValueError where `path` is no checkpoint, or where any other layer is missing or has another shape.
+    Raises ValueError where `path` is no checkpoint, or where any other layer is missing in either or has another shape.
     """
     file = Path(path)
     file = file / "checkpoints" / "last.ckpt" if file.is_dir() else file
@@ -59,8 +59,9 @@ def load_weights(net: nn.Module, path: str) -> None:
     last = list(own)[-1].rpartition(".")[0]
     wrong = [
         name
-        for name, value in own.items()
-        if not name.startswith(f"{last}.") and (name not in state or state[name].shape != value.shape)
+        for name in dict.fromkeys((*own, *state))
+        if not name.startswith(f"{last}.")
+        and (name not in own or name not in state or state[name].shape != own[name].shape)
     ]
     if wrong:
         others = f" ({len(wrong)} in all do not)" if len(wrong) > 1 else ""

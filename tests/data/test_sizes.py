@@ -82,3 +82,8 @@ def test_a_schedule_of_ones_own_may_depend_on_the_batch() -> None:
         *(212, 213),
         *(212, 213),
     ]
+
+
+def test_alternating_needs_a_size() -> None:
+    with pytest.raises(ValueError, match=r"^sizes\.sizes=\[\]: give at least one"):
+        alternating(0, 0, 0, sizes=[])

@@ -158,3 +158,11 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path, content: object) -> None:
         torch.save(content, path)
     with pytest.raises(ValueError, match=r"^init_from=.*a\.ckpt: no readable checkpoint \(.+\)$"):
         load_weights(net(), str(path))
+
+
+def test_nothing_is_loaded_where_the_checkpoint_has_a_layer_more(tmp_path: Path) -> None:
+    path = save(sppnet("zf5", 10, width=0.05), tmp_path / "a.ckpt")
+    target = sppnet("zf5", 10, width=0.05)
+    del target.backbone.conv5
+    with pytest.raises(ValueError, match=r"its backbone\.conv5\.weight does not fit this net"):
+        load_weights(target, str(path))
