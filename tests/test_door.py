@@ -47,7 +47,7 @@ from spp_cls.door import HINTS
         (["seed=abc"], "seed=abc: takes a number, like 0"),
         (["model.levels=6"], "model.levels=6: takes a list, like [6, 3, 2, 1]"),
         (["compile=3"], "compile=3: takes true or false"),
-        (["trainer.max_epochs=abc"], "trainer.max_epochs=abc: takes a number, like 12"),
+        (["trainer.max_epochs=abc"], "trainer.max_epochs=abc: takes a number, like 16"),
         (["data=folder"], "data.root has no value: give one, like data.root=…"),
         (["+foo=1"], "+foo: nothing here reads that key"),
         (["+modle=1"], "+modle: nothing here reads that key; did you mean model?"),

@@ -35,7 +35,7 @@ ASPECT = (9 / 10, 4 / 3)  # width / height
 DIAMETER = (0.11, 0.24)  # of the disc of the same area; unit: the shorter side
 RATIO = 1.75  # at least, between the diameters of two things of one shape
 CONTRAST = 60  # at least, in brightness (0 to 255), between the ground and each thing
-GAP = 0.2  # at least, between the box above and the box below, so that few cells see both; unit: the shorter side
+GAP = 0.2  # at least, between the box above and the box below; unit: the shorter side
 KEPT = 0.75  # at least, of the area of each box, inside every region of `REGION`
 REGION = 224 / 256  # unit: the shorter side
 
