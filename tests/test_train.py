@@ -158,7 +158,7 @@ def test_a_grid_has_a_folder_for_each(spp: Spp, tmp_path: Path, small: list[str]
     found = [OmegaConf.load(grid / str(i) / "config.yaml") for i in range(4)]
     assert [(list(c.model.levels), c.seed) for c in found] == [([1], 1), ([1], 2), ([2, 1], 1), ([2, 1], 2)]
     date = r"\d{4}(-\d\d){2}_\d\d(-\d\d){2}"
-    assert re.fullmatch(rf"{date}_[0-9a-f]{{4}}", grid.name)
+    assert re.fullmatch(rf"{date}_[0-9a-f]{{8}}", grid.name)
 
 
 def test_two_starts_in_one_second_have_folders_of_their_own() -> None:
