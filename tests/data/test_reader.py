@@ -6,15 +6,17 @@ import threading
 import types
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFile
 
-from spp_cls.data.reader import read_rgb, read_size
+from spp_cls.data import reader
+from spp_cls.data.reader import read_header, read_rgb
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 
@@ -22,14 +24,15 @@ RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 25
 def rgb(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The pixels, after checking what holds for every picture that can be read."""
     image = read_rgb(path)
-    assert type(image) is Image.Image and image.mode == "RGB" and image.info == {}
-    assert read_size(path) == image.size
-    return np.asarray(image)
+    header = read_header(path)
+    assert image.dtype == torch.uint8 and image.shape == (3, header.height, header.width)
+    return image.permute(1, 2, 0).numpy()
 
 
 def refused(path: Path, reason: str, *, by_size: bool = True) -> None:
     """The reader names the file and the reason in one line; the header alone shows it if `by_size`."""
-    for read in (read_rgb, read_size) if by_size else (read_rgb,):
+    reads: list[Callable[[Path], object]] = [read_rgb, read_header] if by_size else [read_rgb]
+    for read in reads:
         with pytest.raises(ValueError) as caught:
             read(path)
         message = str(caught.value)
@@ -192,6 +195,89 @@ def test_grey_without_a_known_white_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "n.tiff", "grey values from -1 to 5", by_size=False)
 
 
+# Two decoders
+
+
+def by_pillow_alone(monkeypatch: pytest.MonkeyPatch, path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    with monkeypatch.context() as without:
+        without.setattr(reader, "DECODERS", {})
+        return rgb(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "options"),
+    [
+        ("a.jpg", "RGB", {"quality": 90}),
+        ("a.jpg", "RGB", {"quality": 100, "subsampling": "4:4:4"}),
+        ("a.jpg", "RGB", {"progressive": True}),
+        ("a.jpg", "L", {"quality": 60}),
+        ("a.png", "RGB", {}),
+        ("a.png", "L", {}),
+        ("a.webp", "RGB", {"quality": 80}),
+        ("a.webp", "RGB", {"lossless": True}),
+        ("a.avif", "RGB", {"quality": 80}),
+    ],
+)
+def test_torchcodec_and_pillow_give_the_same_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, mode: str, options: dict[str, Any]
+) -> None:
+    chance = np.random.default_rng(0)
+    coarse = Image.fromarray(chance.integers(0, 256, (9, 11, 3), np.uint8))
+    coarse.resize((77, 61), Image.Resampling.BICUBIC).convert(mode).save(tmp_path / name, **options)
+    with Image.open(tmp_path / name) as image:
+        kind = image.format or ""
+    ours = reader.DECODERS[kind]
+    calls: list[int] = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        return ours(*arguments, **options)
+
+    monkeypatch.setitem(reader.DECODERS, kind, counted)
+    both = rgb(tmp_path / name)
+    assert calls == [1]  # it was torchcodec that decoded
+    assert (both == by_pillow_alone(monkeypatch, tmp_path / name)).all()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_grey_of_few_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+    levels = [0, 1, 2**bits - 1, 1]
+    line = int("".join(f"{level:0{bits}b}" for level in levels).ljust(16, "0"), 2).to_bytes(2, "big")
+    path = png(tmp_path / "a.png", (4, 1), bits, 0, line[: -(-4 * bits // 8)])
+    expected = [[round(255 * level / (2**bits - 1))] * 3 for level in levels]
+    assert rgb(path).tolist() == [expected]
+    assert by_pillow_alone(monkeypatch, path).tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    "block", [b"nonsense", b"MM\0*", exif(6)[:12], exif(9), exif(0), exif(3, "<"), exif(6, ">", 4)]
+)
+def test_both_take_the_same_from_an_odd_exif(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photo: Image.Image, block: bytes
+) -> None:
+    photo.save(tmp_path / "a.jpg", exif=b"Exif\0\0" + block)
+    assert (rgb(tmp_path / "a.jpg") == by_pillow_alone(monkeypatch, tmp_path / "a.jpg")).all()
+
+
+def test_what_torchcodec_refuses_is_left_to_pillow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photo: Image.Image
+) -> None:
+    def refuses(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("cannot")
+
+    photo.save(tmp_path / "a.png")
+    monkeypatch.setitem(reader.DECODERS, "PNG", refuses)
+    assert (rgb(tmp_path / "a.png") == np.asarray(photo)).all()
+
+
+def test_a_file_of_another_length_is_refused(tmp_path: Path, photo: Image.Image) -> None:
+    photo.save(tmp_path / "a.png")
+    length = (tmp_path / "a.png").stat().st_size
+    assert read_rgb(tmp_path / "a.png", num_bytes=length).shape == (3, 32, 48)
+    with pytest.raises(ValueError, match=rf"a\.png: has {length} bytes, and had 7 when the index was made"):
+        read_rgb(tmp_path / "a.png", num_bytes=7)
+
+
 # EXIF orientation
 
 # How a picture of 3×2 px is stored for each orientation, by the sides that the EXIF standard names.
@@ -272,20 +358,20 @@ def test_warnings_do_not_leak_and_strange_filters_do_not_matter(tmp_path: Path, 
 
 def test_draft_reads_a_jpeg_small_but_never_below_what_is_enough(tmp_path: Path) -> None:
     Image.new("RGB", (800, 400), RED).save(tmp_path / "a.jpg")
-    assert read_rgb(tmp_path / "a.jpg", draft=(200, 100)).size == (200, 100)
-    assert read_rgb(tmp_path / "a.jpg", draft=(201, 100)).size == (400, 200)
-    assert read_rgb(tmp_path / "a.jpg", draft=(1, 1)).size == (100, 50)
-    assert read_rgb(tmp_path / "a.jpg", draft=(2000, 1000)).size == (800, 400)
+    assert read_rgb(tmp_path / "a.jpg", draft=(200, 100)).shape == (3, 100, 200)
+    assert read_rgb(tmp_path / "a.jpg", draft=(201, 100)).shape == (3, 200, 400)
+    assert read_rgb(tmp_path / "a.jpg", draft=(1, 1)).shape == (3, 50, 100)
+    assert read_rgb(tmp_path / "a.jpg", draft=(2000, 1000)).shape == (3, 400, 800)
     Image.new("RGB", (800, 400)).save(tmp_path / "a.png")
-    assert read_rgb(tmp_path / "a.png", draft=(100, 50)).size == (800, 400)
+    assert read_rgb(tmp_path / "a.png", draft=(100, 50)).shape == (3, 400, 800)
 
 
 def test_draft_counts_in_the_upright_picture(tmp_path: Path) -> None:
     tags = Image.Exif()
     tags[274] = 6
     Image.new("RGB", (800, 400), RED).save(tmp_path / "a.jpg", exif=tags)  # 400×800 upright
-    assert read_rgb(tmp_path / "a.jpg", draft=(100, 200)).size == (100, 200)
-    assert read_rgb(tmp_path / "a.jpg", draft=(200, 100)).size == (200, 400)
+    assert read_rgb(tmp_path / "a.jpg", draft=(100, 200)).shape == (3, 200, 100)
+    assert read_rgb(tmp_path / "a.jpg", draft=(200, 100)).shape == (3, 400, 200)
 
 
 # Files that cannot be read
@@ -300,6 +386,13 @@ def test_truncated_files_are_refused(tmp_path: Path, suffix: str, keep: float) -
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * keep)])
     refused(path, "", by_size=False)
+
+
+def test_a_png_without_its_end_is_refused_though_all_pixels_are_there(tmp_path: Path) -> None:
+    path = png(tmp_path / "a.png", (3, 1), 8, 2, bytes(9))
+    assert rgb(path).max() == 0
+    path.write_bytes(path.read_bytes()[:-12])
+    refused(path, "is cut off before its end", by_size=False)
 
 
 def test_a_file_cut_inside_its_header_is_refused(tmp_path: Path, photo: Image.Image) -> None:
@@ -331,17 +424,18 @@ def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
 
 def test_a_huge_header_is_refused_before_any_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    monkeypatch.setitem(reader.DECODERS, "PNG", lambda *_, **__: pytest.fail("decoded"))
     bomb = png(tmp_path / "bomb.png", (30000, 30000), 8, 2, b"")
     refused(bomb, "30000×30000 px are 900.0 megapixels, the limit is 100: make it smaller")
     refused(png(tmp_path / "over.png", (10000, 10001), 8, 2, b""), "10000×10001 px are 100.0 megapixels")
     # up to the limit, and beyond the one of Pillow, which warns above 89 megapixels and refuses above 178
-    assert read_size(png(tmp_path / "full.png", (10000, 10000), 8, 2, b"")) == (10000, 10000)
-    assert read_size(bomb, 900_000_000) == (30000, 30000)
+    assert read_header(png(tmp_path / "full.png", (10000, 10000), 8, 2, b""))[:2] == (10000, 10000)
+    assert read_header(bomb, max_pixels=900_000_000)[:2] == (30000, 30000)
 
 
 def test_the_limit_is_an_argument(tmp_path: Path, photo: Image.Image) -> None:
     photo.save(tmp_path / "a.png")
-    assert read_rgb(tmp_path / "a.png", max_pixels=48 * 32).size == (48, 32)
+    assert read_rgb(tmp_path / "a.png", max_pixels=48 * 32).shape == (3, 32, 48)
     with pytest.raises(ValueError, match="48×32 px are 0.0 megapixels"):
         read_rgb(tmp_path / "a.png", max_pixels=48 * 32 - 1)
 
@@ -378,7 +472,7 @@ def test_threads_read_at_once(many: list[Path]) -> None:
     found: dict[int, list[int]] = {}
 
     def read(thread: int) -> None:
-        found[thread] = [int(np.asarray(read_rgb(path))[0, 0, 0]) for path in many]
+        found[thread] = [int(read_rgb(path)[0, 0, 0]) for path in many]
 
     threads = [threading.Thread(target=read, args=(number,)) for number in range(4)]
     for thread in threads:
