@@ -29,6 +29,7 @@ class Listing:
 
     `paths` are relative to the root, with "/"; `labels` count in `classes`; `splits` are "train", "val" or
     "test". `passed_over` are the files that are no pictures by their names; `notes` are for the user to read.
+    `sources` are the folders and files that it was read from: while none of their dates changes, it stays true.
     """
 
     classes: tuple[str, ...]
@@ -37,6 +38,7 @@ class Listing:
     splits: list[str]
     passed_over: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
 
 
 def folder(root: Path | str, *, val_share: float = 0.1, test_share: float = 0.1, split_seed: int = 0) -> Listing:
@@ -63,7 +65,7 @@ def folder(root: Path | str, *, val_share: float = 0.1, test_share: float = 0.1,
         rows = [(path, path.split("/", 1)[0], "") for path in found.pictures]
         notes = [f"the folder '{top}' is taken for a class" for top in parts]
     rows, more = _complete(rows, {}, shares, split_seed)
-    return _listing(root, rows, found.passed_over, [*notes, *more])
+    return _listing(root, rows, found.passed_over, [*notes, *more], found.sources)
 
 
 def table(
@@ -86,7 +88,7 @@ def table(
     if any(split for _, _, split in rows) and not any(split == "train" for _, _, split in rows):
         raise ValueError(f"{table}: no line has the split train")
     rows, notes = _complete(rows, groups, shares, split_seed)
-    return _listing(root, rows, (), notes)
+    return _listing(root, rows, (), notes, [os.path.abspath(table)])
 
 
 def caltech101(
@@ -121,7 +123,7 @@ def caltech101(
     notes = [f"{len(found.pictures) - len(rows)} of the {len(found.pictures)} pictures are left unused"]
     if len(categories) != 102:
         notes.append(f"{len(categories)} categories; Caltech101 has 102 with BACKGROUND_Google")
-    return _listing(root, rows, [inside + path for path in found.passed_over], notes)
+    return _listing(root, rows, [inside + path for path in found.passed_over], notes, found.sources)
 
 
 def imagenet(root: Path | str, *, val_per_class: int = 10, split_seed: int = 0) -> Listing:
@@ -148,7 +150,9 @@ def imagenet(root: Path | str, *, val_per_class: int = 10, split_seed: int = 0) 
             raise ValueError(f"{root / 'val' / path}: {solution} does not name this picture")
         rows.append((f"val/{path}", wnid, "test"))
     passed_over = [f"train/{path}" for path in train.passed_over] + [f"val/{path}" for path in test.passed_over]
-    return _listing(root, rows, passed_over, ["ImageNet's val is the test split; val is drawn from train by seed"])
+    sources = [*train.sources, *test.sources, *([os.path.abspath(solution)] if wnids else [])]
+    notes = ["ImageNet's val is the test split; val is drawn from train by seed"]
+    return _listing(root, rows, passed_over, notes, sources)
 
 
 def shapes(root: Path | str, *, seed: int = 0) -> Listing:
@@ -164,11 +168,17 @@ def shapes(root: Path | str, *, seed: int = 0) -> Listing:
 
 @dataclass(frozen=True)
 class _Found:
-    """What lies below a folder: paths relative to it, sorted."""
+    """What lies below the folder `root`: paths relative to it, sorted."""
 
+    root: Path
     pictures: list[str]
     passed_over: list[str]
     folders: list[str]
+
+    @property
+    def sources(self) -> list[str]:
+        """The folders that were listed."""
+        return [os.path.abspath(self.root / folder) for folder in ("", *self.folders)]
 
 
 def _scan(root: Path) -> _Found:
@@ -196,7 +206,7 @@ def _scan(root: Path) -> _Found:
                         passed_over.append(path)
     except OSError as error:
         raise ValueError(f"{error.filename}: {error.strerror}") from error
-    return _Found(sorted(pictures), sorted(passed_over), sorted(folders))
+    return _Found(root, sorted(pictures), sorted(passed_over), sorted(folders))
 
 
 def _check_folder(root: Path) -> None:
@@ -274,7 +284,7 @@ def _below(found: _Found, top: str) -> _Found:
     def cut(paths: list[str]) -> list[str]:
         return [path[len(top) + 1 :] for path in paths if path.startswith(top + "/")]
 
-    return _Found(cut(found.pictures), cut(found.passed_over), cut(found.folders))
+    return _Found(found.root / top, cut(found.pictures), cut(found.passed_over), cut(found.folders))
 
 
 # Tables
@@ -477,7 +487,9 @@ def _choose(free: Mapping[str, Counter[str]], need: dict[str, int], left: Counte
     return list(chosen)
 
 
-def _listing(root: Path, rows: list[Row], passed_over: Iterable[str], notes: Iterable[str]) -> Listing:
+def _listing(
+    root: Path, rows: list[Row], passed_over: Iterable[str], notes: Iterable[str], sources: Iterable[str]
+) -> Listing:
     """Sorts `rows`; every class must be in train, and every split must have a picture."""
     rows.sort()
     classes = {split: {name for _, name, s in rows if s == split} for split in ("train", "val", "test")}
@@ -500,4 +512,5 @@ def _listing(root: Path, rows: list[Row], passed_over: Iterable[str], notes: Ite
         splits=[split for _, _, split in rows],
         passed_over=tuple(passed_over),
         notes=tuple(notes),
+        sources=tuple(sources),
     )

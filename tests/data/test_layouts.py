@@ -7,6 +7,7 @@ import sys
 import types
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,21 @@ def test_large_shares_leave_one_picture_for_train(tmp_path: Path) -> None:
     assert counted(listing)["train"] == {"a": 1, "b": 1}
 
 
+def without_sources(listing: Listing) -> Listing:
+    return replace(listing, sources=())
+
+
+def test_the_sources_are_the_folders_that_were_listed(tmp_path: Path) -> None:
+    root = touch(tmp_path / "root", [*classes_of({"a": 4, "b": 4}), "a/deep/er/x.jpg"])
+    assert folder(root).sources == tuple(str(root / name) for name in (".", "a", "a/deep", "a/deep/er", "b"))
+
+
 def test_the_draw_depends_on_the_seed_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = classes_of({"cat": 20, "dog": 20})
     first = folder(touch(tmp_path / "one", paths))
-    assert folder(touch(tmp_path / "two", random.Random(0).sample(paths, 40))) == first
+    assert without_sources(folder(touch(tmp_path / "two", random.Random(0).sample(paths, 40)))) == without_sources(
+        first
+    )
     scandir = os.scandir
 
     class Backwards:
@@ -257,7 +269,9 @@ def test_a_table_without_splits_is_drawn_as_a_folder_is(tmp_path: Path) -> None:
     root = touch(tmp_path / "root", paths)
     shuffled = random.Random(0).sample(paths, 50)
     file = write(tmp_path, "path,label\n" + "".join(f"{path},{path[0]}\n" for path in shuffled))
-    assert table(root, table=file, val_share=0.2, split_seed=3) == folder(root, val_share=0.2, split_seed=3)
+    by_table = table(root, table=file, val_share=0.2, split_seed=3)
+    assert without_sources(by_table) == without_sources(folder(root, val_share=0.2, split_seed=3))
+    assert by_table.sources == (str(file),)
 
 
 @pytest.mark.parametrize(
