@@ -160,6 +160,7 @@ def identity(config: DictConfig, datamodule: MultiSizeDataModule) -> dict[str, A
         "config": OmegaConf.to_container(config, resolve=True),
         "classes": list(datamodule.classes),
         "index": datamodule.index.digest if datamodule.index else None,
+        "pixels": "jpeg cache" if datamodule.cache_kind == "jpeg" else "files",  # a raw cache has the files' pixels
         "val_sizes": list(datamodule.val_sizes),
         "region": datamodule.region,
         "resize": datamodule.resize,
@@ -320,6 +321,11 @@ def refuse_to_go_on(checkpoint: Path, now: dict[str, Any]) -> None:
             f"ckpt_path={checkpoint}: its run was trained on other pictures than these; "
             "give the same, or take its weights alone, by model.init_from"
         )
+    if before.get("pixels", "files") != now["pixels"]:
+        raise ValueError(
+            f"ckpt_path={checkpoint}: its run read {before.get('pixels', 'files')}, this one {now['pixels']}: "
+            "go on with the same data.cache; raw and null give the same pixels"
+        )
     old, new = _decisive(before.get("config", {})), _decisive(now["config"])
     for key in sorted({*old, *new}):
         if old.get(key) != new.get(key):
@@ -331,7 +337,10 @@ def refuse_to_go_on(checkpoint: Path, now: dict[str, Any]) -> None:
 
 def _decisive(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that a run cannot change on its way, by dotted key."""
-    free = ("data.root", "data.num_workers", "data.val_sizes", "model.init_from", "model.weights")
+    free = (
+        *("data.root", "data.num_workers", "data.val_sizes", "data.on_bad", "data.max_bad", "data.cache"),
+        *("data.cache_folder", "model.init_from", "model.weights"),
+    )
     flat: dict[str, Any] = {"seed": config.get("seed")}
 
     def walk(value: Any, key: str) -> None:

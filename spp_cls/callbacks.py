@@ -13,7 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from tqdm import tqdm
 
-from .cost import available_memory, cost
+from .cost import available_memory, cost, in_px
 
 
 class PlannedSize(Callback):
@@ -22,9 +22,9 @@ class PlannedSize(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         epoch = 0 if getattr(trainer, "overfit_batches", 0) else trainer.current_epoch
-        size = datamodule.size_at(epoch, batch_idx // trainer.accumulate_grad_batches)
+        planned = datamodule.shape_at(epoch, batch_idx // trainer.accumulate_grad_batches)
         shape = tuple(batch[0].shape[-2:])
-        assert shape == (size, size), f"epoch {epoch}, batch {batch_idx}: {shape} px arrived, {size} were planned"
+        assert shape == planned, f"epoch {epoch}, batch {batch_idx}: {shape} px arrived, {planned} were planned"
 
 
 class MemoryProbe(Callback):
@@ -39,33 +39,32 @@ class MemoryProbe(Callback):
         net = getattr(pl_module, "net", None)
         if net is None or trainer.max_epochs is None or trainer.max_epochs < 1:
             return
-        size = max(max(sizes) for sizes in datamodule.planned_sizes(trainer.max_epochs).values())
-        images = datamodule.plan.micro_batch_size
+        images, shape = datamodule.largest(trainer.max_epochs)
         advice = (
-            f"{images} images of {size} px at once do not fit into memory: set "
+            f"{images} images of {in_px(shape)} at once do not fit into memory: set "
             f"trainer.accumulate_grad_batches={2 * trainer.accumulate_grad_batches} or a smaller data.batch_size"
         )
         if pl_module.device.type == "cuda":
             try:
-                _one_step(trainer, pl_module, images, size)
+                _one_step(trainer, pl_module, images, shape)
             except torch.cuda.OutOfMemoryError as error:
                 raise ValueError(advice) from error
             return
         free = available_memory()
         try:
-            needed = cost(net, size).training_bytes(images, type(trainer.optimizers[0]).__name__)
+            needed = cost(net, shape).training_bytes(images, type(trainer.optimizers[0]).__name__)
         except NotImplementedError:  # a net of the user's own that cannot be measured so
             return
         if free is not None and needed > free:
             raise ValueError(f"{advice} ({needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free)")
 
 
-def _one_step(trainer: Trainer, module: Any, images: int, size: int) -> None:
+def _one_step(trainer: Trainer, module: Any, images: int, shape: tuple[int, int]) -> None:
     """Forward and backward on zeros, leaving weights, buffers, gradients and random numbers as they were."""
     buffers = {name: buffer.clone() for name, buffer in module.net.named_buffers()}
     devices = [module.device] if module.device.type == "cuda" else []
     with torch.random.fork_rng(devices), trainer.precision_plugin.train_step_context():
-        batch = torch.zeros(images, 3, size, size, device=module.device)
+        batch = torch.zeros(images, 3, *shape, device=module.device)
         labels = torch.zeros(images, dtype=torch.int64, device=module.device)
         module.losses(module.net(batch), labels).mean().backward()
     for parameter in module.parameters():
@@ -138,12 +137,12 @@ class Progress(TQDMProgressBar):
     def __init__(self, timing: Timing) -> None:
         super().__init__(refresh_rate=10 if sys.stderr.isatty() else 0, leave=False)
         self._timing = timing
-        self._size, self._loss = 0, torch.tensor(0.0)
+        self._shape, self._loss = (0, 0), torch.tensor(0.0)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._size = int(batch[0].shape[-1])
+        self._shape = tuple(batch[0].shape[-2:])
         self._loss = (outputs["loss"] if isinstance(outputs, dict) else outputs).detach()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -151,7 +150,7 @@ class Progress(TQDMProgressBar):
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return {
-            "px": self._size,
+            "px": in_px(self._shape).removesuffix(" px"),
             "loss": f"{float(self._loss):.3f}",  # waits for the device, but only when the bar is drawn anew
             **metrics,
             "images/s": round(self._timing.images_per_s),
@@ -163,7 +162,7 @@ class Progress(TQDMProgressBar):
         if not trainer.is_global_zero:
             return
         values = trainer.callback_metrics
-        parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", f"{self._size} px"]
+        parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", in_px(self._shape)]
         if "train/loss" in values:
             parts.append(f"loss {float(values['train/loss']):.3f}")
         if "val/top1_error" in values:

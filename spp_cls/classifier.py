@@ -151,7 +151,7 @@ class Classifier(LightningModule):
         self.train_errors.update(logits.detach(), labels, losses.detach())
         if self.trainer.is_last_batch:  # here, and not at the end of the epoch, where callbacks would come first
             self._report("train", self.train_errors)
-        return losses.mean()
+        return losses.mean() * getattr(batch, "weight", 1.0)  # not 1 where a global batch does not divide
 
     def configure_optimizers(self) -> Any:
         groups: dict[float, list[nn.Parameter]] = {1.0: []}  # factor on the learning rate → parameters

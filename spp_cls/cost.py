@@ -17,9 +17,9 @@ _OPTIMIZER_COPIES = {"SGD": 1, "AdamW": 2, "Adam": 2, "RMSprop": 1}
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one image at `size` px: a multiplication with its addition counts as two FLOPs."""
+    """Of one image of `shape` px (height, width): a multiplication with its addition counts as two FLOPs."""
 
-    size: int
+    shape: tuple[int, int]
     map_size: tuple[int, int]
     parameters: int
     forward_flops: int
@@ -33,10 +33,10 @@ class Cost:
         return copies * self.weight_bytes + images * self.activation_bytes
 
 
-def cost(net: nn.Module, size: int) -> Cost:
-    """The cost of `net` at `size` px.
+def cost(net: nn.Module, shape: tuple[int, int]) -> Cost:
+    """The cost of `net` for images of `shape` px (height, width).
 
-    Raises ValueError where the net does not take that size, NotImplementedError where it holds an operation whose
+    Raises ValueError where the net does not take that shape, NotImplementedError where it holds an operation whose
     shapes cannot be worked out without computing.
     """
     meta = copy.deepcopy(net).to("meta").train()
@@ -58,20 +58,20 @@ def cost(net: nn.Module, size: int) -> Cost:
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             with FlopCounterMode(display=False) as forward:
-                logits = meta(torch.empty(batch, 3, size, size, device="meta"))
+                logits = meta(torch.empty(batch, 3, *shape, device="meta"))
             with FlopCounterMode(display=False) as backward:
                 if logits.requires_grad:
                     logits.sum().backward()
     except NotImplementedError:
         raise
     except RuntimeError as error:
-        raise ValueError(f"the net does not take images of {size} px: {_first_line(error)}") from error
+        raise ValueError(f"the net does not take images of {in_px(shape)}: {_first_line(error)}") from error
     finally:
         if handle is not None:
             handle.remove()
     activations = sum(size for storage, size in kept.items() if storage not in parameters)
     return Cost(
-        size=size,
+        shape=shape,
         map_size=maps[-1] if maps else (0, 0),
         parameters=sum(p.numel() for p in net.parameters()),
         forward_flops=forward.get_total_flops() // batch,
@@ -79,6 +79,12 @@ def cost(net: nn.Module, size: int) -> Cost:
         activation_bytes=activations // batch,
         weight_bytes=sum(p.numel() * p.element_size() for p in net.parameters()),
     )
+
+
+def in_px(shape: tuple[int, int]) -> str:
+    """A shape for people: `224 px` of a square, `224×336 px` (height × width) else."""
+    height, width = shape
+    return f"{height} px" if height == width else f"{height}×{width} px"
 
 
 def available_memory() -> int | None:

@@ -57,7 +57,7 @@ def same_pictures(a: MultiSizeDataModule, b: MultiSizeDataModule, split: str) ->
     rows_a, rows_b = a.index.rows(split), b.index.rows(split)
     return (
         a.classes == b.classes
-        and np.array_equal(a.index.paths[rows_a], b.index.paths[rows_b])
+        and a.index.paths.take(rows_a) == b.index.paths.take(rows_b)
         and np.array_equal(a.index.labels[rows_a], b.index.labels[rows_b])
     )
 
@@ -151,7 +151,7 @@ def run(config: DictConfig) -> float:
     (folder / "confusion_matrix.svg").write_text(draw_confusion_matrix(matrix, classes))
     np.savez(
         folder / "scores.npz",
-        paths=index.paths[rows],
+        paths=np.array(index.paths.take(rows)),
         labels=labels,
         scores=mean,
         classes=np.array(classes),

@@ -30,7 +30,7 @@ def recalibrate(net: nn.Module, datamodule: MultiSizeDataModule, size: int, num_
             images = device_step(
                 batch.images.to(device),
                 batch.uniforms.to(device),
-                size,
+                (size, size),
                 mean=datamodule.mean,
                 std=datamodule.std,
                 flip=0,

@@ -139,7 +139,7 @@ class History(Callback):
             {
                 "epoch": trainer.current_epoch,
                 "step": trainer.global_step,
-                "size": int(batch[0].shape[-1]),
+                **_size(batch[0]),
                 "lr": self._lr,
             }
         )
@@ -191,6 +191,12 @@ class History(Callback):
                 values = {k if "/" in k else f"train/{k}": v for k, v in row.items() if k not in ("epoch", "step")}
                 for logger in trainer.loggers:
                     logger.log_metrics({"epoch": row["epoch"], **values}, step=row["step"])
+
+
+def _size(images: Tensor) -> dict[str, Any]:
+    """The size in px: the shorter side, and for pictures that are not square height and width besides."""
+    height, width = images.shape[-2:]
+    return {"size": min(height, width), **({} if height == width else {"height": height, "width": width})}
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

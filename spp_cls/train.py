@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,11 +41,11 @@ def check(net: nn.Module, datamodule: MultiSizeDataModule, trainer: Trainer) -> 
     from .cost import cost
 
     datamodule.trainer = trainer
-    planned = datamodule.planned_sizes(trainer.max_epochs or 1, datamodule.plan.num_batches)
-    sizes = {size for in_epoch in planned.values() for size in in_epoch}
+    planned = datamodule.planned_shapes(trainer.max_epochs or 1, datamodule.plan.num_batches)
+    shapes = sorted({shape for in_epoch in planned.values() for shape in in_epoch}, key=math.prod)
     with contextlib.suppress(NotImplementedError):
-        for size in (min(sizes), max(sizes), *datamodule.val_sizes):
-            cost(net, size)
+        for shape in (shapes[0], shapes[-1], *((size, size) for size in datamodule.val_sizes)):
+            cost(net, shape)
 
 
 def run(config: DictConfig) -> float | None:
@@ -71,12 +72,15 @@ def run(config: DictConfig) -> float | None:
     classifier = build.build_classifier(to_build, identity, build.class_weights(config, datamodule))
     trainer = build.build_trainer(config, folder)
     check(classifier.net, datamodule, trainer)
+    _ = datamodule.pictures  # a cache that is wanted is made here, before other ranks are started
 
     assert datamodule.index is not None
     if trainer.is_global_zero:
         resolved = OmegaConf.to_yaml(config, resolve=True)
         (folder / "config.yaml").write_text(resolved)
-        write_json(folder / "environment.json", environment(resolved, datamodule.index.digest))
+        left_out = {bad.path: bad.reason for bad in datamodule.index.bad}
+        about = {**environment(resolved, datamodule.index.digest), "left_out": left_out}
+        write_json(folder / "environment.json", about)
         parameters = sum(p.numel() for p in classifier.net.parameters())
         print(f"{datamodule.index.describe()}\nnet: {parameters:,} parameters\nrun: {folder}", file=sys.stderr)
 

@@ -242,13 +242,15 @@ def test_a_run_goes_on_only_with_the_pictures_and_settings_that_decide_what_is_l
             key: {**value, **changes.get(key, {})} if isinstance(value, dict) else value
             for key, value in settings.items()
         }
-        return {"config": {**config, "seed": changes.get("seed", 0)}, "index": index}
+        pixels = changes.get("pixels", "files")
+        return {"config": {**config, "seed": changes.get("seed", 0)}, "index": index, "pixels": pixels}
 
     path = tmp_path / "last.ckpt"
     torch.save({"state_dict": {}, "spp_cls": {"identity": identity()}}, path)
     build.refuse_to_go_on(path, identity(data={"root": "b", "num_workers": 2}, trainer={"max_epochs": 9}))
     for other, line in (
         (identity("y"), "its run was trained on other pictures than these"),
+        (identity(pixels="jpeg cache"), "its run read files, this one jpeg cache: go on with the same data.cache"),
         (identity(seed=5), "its run has seed=0, here it is 5"),
         (identity(model={"levels": [3, 1]}), r"its run has model.levels=\[6, 3, 2, 1\], here it is \[3, 1\]"),
         (identity(data={"batch_size": 4}), "its run has data.batch_size=8, here it is 4"),

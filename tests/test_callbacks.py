@@ -64,8 +64,9 @@ def fake(**values: Any) -> Any:
 # PlannedSize
 
 
-def planned_by_batch(epoch: int, batch: int) -> int:
-    return 100 * (epoch + 1) + batch
+def planned_by_batch(epoch: int, batch: int) -> tuple[int, int]:
+    size = 100 * (epoch + 1) + batch
+    return size, size
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_planned_size_looks_at_the_batch(
     epoch: int, batch_idx: int, accumulation: int, overfit: int, size: int
 ) -> None:
     trainer = fake(
-        datamodule=fake(size_at=planned_by_batch),
+        datamodule=fake(shape_at=planned_by_batch),
         current_epoch=epoch,
         accumulate_grad_batches=accumulation,
         overfit_batches=overfit,
@@ -84,7 +85,9 @@ def test_planned_size_looks_at_the_batch(
     watch = PlannedSize()
     watch.on_train_batch_start(trainer, fake(), (torch.empty(2, 3, size, size), None), batch_idx)
     for wrong in ((size + 1, size + 1), (size, size + 1)):
-        with pytest.raises(AssertionError, match=rf"\({wrong[0]}, {wrong[1]}\) px arrived, {size} were planned$"):
+        with pytest.raises(
+            AssertionError, match=rf"\({wrong[0]}, {wrong[1]}\) px arrived, \({size}, {size}\) were planned$"
+        ):
             watch.on_train_batch_start(trainer, fake(), (torch.empty(2, 3, *wrong), None), batch_idx)
 
 
@@ -112,7 +115,7 @@ def probe(pictures: Path, free: int | None, monkeypatch: pytest.MonkeyPatch, acc
 
 
 def test_memory_probe_refuses_what_does_not_fit(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = cost(make_classifier().net, 32).training_bytes(4, "SGD")  # the largest size, half of the batch
+    needed = cost(make_classifier().net, (32, 32)).training_bytes(4, "SGD")  # the largest size, half of the batch
     probe(pictures, needed, monkeypatch)
     with pytest.raises(ValueError) as caught:
         probe(pictures, needed - 1, monkeypatch)
@@ -153,7 +156,7 @@ def test_one_step_leaves_no_trace() -> None:
     assert not torch.equal(classifier.state_dict()["net.1.running_mean"], state["net.1.running_mean"])
     classifier.load_state_dict(state)
 
-    _one_step(fake(precision_plugin=Precision()), classifier, images=4, size=32)
+    _one_step(fake(precision_plugin=Precision()), classifier, images=4, shape=(32, 32))
     assert all(torch.equal(value, state[name]) for name, value in classifier.state_dict().items())
     assert all(parameter.grad is None for parameter in classifier.parameters())
     assert torch.equal(torch.get_rng_state(), random) and classifier.net.training
@@ -268,5 +271,5 @@ def test_the_bar_shows_size_loss_speed_and_wait(pictures: Path, tmp_path: Path) 
     timing.images_per_s, timing.waiting = 123.4, 0.25
     shown = progress.get_metrics(trainer, trainer.lightning_module)
     assert list(shown) == ["px", "loss", "images/s", "wait"]
-    assert (shown["px"], shown["images/s"], shown["wait"]) == (26, 123, "25%")
+    assert (shown["px"], shown["images/s"], shown["wait"]) == ("26", 123, "25%")
     assert shown["loss"] == f"{float(progress._loss):.3f}"

@@ -29,8 +29,8 @@ def paper_net(name: str, norm: str) -> SPPNet:
 def test_flops_of_the_papers_nets(
     name: str, norm: str, size: int, map_side: int, forward_gmac: float, training_gflop: float
 ) -> None:
-    found = cost(paper_net(name, norm), size)
-    assert (found.size, found.map_size) == (size, (map_side, map_side))
+    found = cost(paper_net(name, norm), (size, size))
+    assert (found.shape, found.map_size) == ((size, size), (map_side, map_side))
     assert found.forward_flops == pytest.approx(2e9 * forward_gmac, rel=0.01)
     assert found.training_flops == pytest.approx(1e9 * training_gflop, rel=0.01)
 
@@ -38,11 +38,11 @@ def test_flops_of_the_papers_nets(
 def test_flops_of_zf5_layer_by_layer() -> None:
     convolutions = 110**2 * 96 * 3 * 49 + 27**2 * 256 * 96 * 25 + 13**2 * 9 * (384 * 256 + 384 * 384 + 256 * 384)
     fully_connected = 12800 * 4096 + 4096 * 4096 + 4096 * 1000
-    assert cost(paper_net("zf5", "none"), 224).forward_flops == 2 * (convolutions + fully_connected)
+    assert cost(paper_net("zf5", "none"), (224, 224)).forward_flops == 2 * (convolutions + fully_connected)
 
 
 def test_parameters_and_weights() -> None:
-    found = cost(paper_net("zf5", "within_channel"), 180)
+    found = cost(paper_net("zf5", "within_channel"), (180, 180))
     assert f"{found.parameters / 1e6:.2f}" == "77.04"
     assert found.weight_bytes == 4 * found.parameters
 
@@ -55,7 +55,7 @@ def toy() -> nn.Sequential:
 
 
 def test_a_toy_net_by_hand() -> None:
-    found = cost(toy(), 10)
+    found = cost(toy(), (10, 10))
     conv, linear = 100 * 4 * 3 * 9, 400 * 5
     assert found.parameters == (4 * 27 + 4) + (400 * 5 + 5)
     assert found.forward_flops == 2 * (conv + linear)
@@ -69,19 +69,19 @@ def test_a_toy_net_by_hand() -> None:
 def test_a_frozen_layer_keeps_nothing() -> None:
     net = toy()
     net[0].requires_grad_(False)
-    found = cost(net, 10)
+    found = cost(net, (10, 10))
     assert found.activation_bytes == 4 * 400
     assert found.training_flops == 2 * (100 * 4 * 3 * 9 + 2 * 400 * 5)
-    assert found.parameters == cost(toy(), 10).parameters
+    assert found.parameters == cost(toy(), (10, 10)).parameters
 
 
 def test_a_max_pool_keeps_its_input_and_the_places_of_the_maxima() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.MaxPool2d(2))
-    assert cost(net, 8).activation_bytes == 4 * 3 * 64 + 4 * 4 * 64 + 8 * 4 * 16
+    assert cost(net, (8, 8)).activation_bytes == 4 * 3 * 64 + 4 * 4 * 64 + 8 * 4 * 16
 
 
 def test_the_norm_keeps_its_input_and_one_map_more() -> None:
-    nothing, norm = (cost(paper_net("zf5", kind), 224).activation_bytes for kind in ("none", "within_channel"))
+    nothing, norm = (cost(paper_net("zf5", kind), (224, 224)).activation_bytes for kind in ("none", "within_channel"))
     # The ReLU's output, the norm's input, is kept in any case; more are the sum d and the norm's output.
     assert norm - nothing == 4 * (96 * 110**2 + 256 * 27**2) * 2
 
@@ -99,7 +99,7 @@ def test_memory_of_training() -> None:
 def test_the_net_is_left_as_it_was() -> None:
     net = sppnet("tiny", 3, fc=(8,), width=0.2).eval()
     before, state = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
-    cost(net, 64)
+    cost(net, (64, 64))
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert all(p.grad is None and p.device.type == "cpu" for p in net.parameters())
     assert not any(module.training for module in net.modules())
@@ -109,12 +109,12 @@ def test_the_net_is_left_as_it_was() -> None:
 
 def test_batch_norm_takes_a_map_of_one_cell() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten())
-    assert cost(net, 8).forward_flops == 2 * 4 * 3 * 64
+    assert cost(net, (8, 8)).forward_flops == 2 * 4 * 3 * 64
 
 
 def test_a_size_that_the_net_does_not_take() -> None:
     with pytest.raises(ValueError, match="^the net does not take images of 6 px: .+") as error:
-        cost(sppnet("zf5", 3, fc=(), width=0.1), 6)
+        cost(sppnet("zf5", 3, fc=(), width=0.1), (6, 6))
     assert "\n" not in str(error.value)
 
 
@@ -124,7 +124,7 @@ def test_a_net_whose_shapes_depend_on_the_values() -> None:
             return images[images > 0]
 
     with pytest.raises(NotImplementedError):
-        cost(Chosen(), 8)
+        cost(Chosen(), (8, 8))
 
 
 def test_available_memory_is_a_number_of_bytes() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import Spp, call_spp
 from omegaconf import OmegaConf
 from PIL import Image
@@ -47,8 +48,9 @@ def resized(path: Path) -> torch.Tensor:
     """(3, h, w) in grey levels, the shorter side 36 px."""
     image = Image.open(path).convert("RGB")
     scale = 36 / min(image.size)
-    shape = [max(36, round(side * scale)) for side in image.size]
-    return torch.from_numpy(np.array(image.resize(shape, Image.Resampling.BILINEAR))).permute(2, 0, 1).float()
+    shape = [max(36, round(side * scale)) for side in reversed(image.size)]
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    return F.interpolate(pixels, shape, mode="bilinear", antialias=True)[0].float()
 
 
 def softmax_of(net: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from .datamodule import IMAGENET_MEAN, IMAGENET_STD, MultiSizeDataModule
 from .device import device_step
+from .full_image import FullImage
 from .index import Index, make_index
 from .layouts import Listing
 from .plan import Plan
@@ -10,6 +11,7 @@ from .views import Views
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "FullImage",
     "Index",
     "Listing",
     "MultiSizeDataModule",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
+import queue
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -15,18 +18,28 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .cache import KINDS, choose, make_cache
 from .device import device_step, normalise
-from .index import SPLITS, Index, make_index
+from .full_image import Cut, FullImage, cut
+from .index import SPLITS, Index, usable_index
 from .layouts import Listing
-from .plan import Plan
+from .plan import Plan, Shape, order_of_batches
+from .reader import MAX_PIXELS
 from .sizes import Sizes, planned
-from .source import PLACES, TrainBatch, TrainSource, ViewsBatch, ViewsSource
+from .source import PLACES, Files, Pictures, TrainBatch, TrainSource, ViewsBatch, ViewsSource, resized_shapes
 from .views import Views
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # grey levels, R, G, B
 IMAGENET_STD = (58.395, 57.12, 57.375)
+READ_AHEAD = 2  # batches that a thread has ready
 
 Batch = TypeVar("Batch", TrainBatch, ViewsBatch)
+
+
+class Labelled(tuple[Tensor, Tensor]):
+    """A training batch `images, labels`; `weight` is what the mean of its losses counts in that of the global batch."""
+
+    weight: float = 1.0
 
 
 class MultiSizeDataModule(LightningDataModule):
@@ -35,7 +48,7 @@ class MultiSizeDataModule(LightningDataModule):
     Args:
         root: the folder of the pictures.
         layout: how it is laid out, a function of `spp_cls.data.layouts` with its options.
-        sizes: (seed, epoch, batch) → training size in px, at most `region`.
+        sizes: (seed, epoch, batch) → training size in px, at most `region`; or `FullImage`, for whole pictures.
         views: what `test_dataloader` gives: `views, labels, rows` with views (B, V, 3, h, w).
         batch_size: images of one optimizer step, over all devices and accumulated micro-batches.
         region: side in px of the region that is read from each training picture.
@@ -45,15 +58,22 @@ class MultiSizeDataModule(LightningDataModule):
         colour: σ of the PCA colour shift of training pictures, 0.1 as in Krizhevsky et al. 2012; 0 for none.
         mean, std: what pixels are normalised by, in grey levels (0–255).
         val_sizes: test sizes in px, by centre crop, of the validation after each epoch; the first decides.
-        num_workers: processes that read; None for one a core, at most 8, shared among the devices of this machine.
+        num_workers: processes that read; None for one a core, at most 8, shared among the devices of this machine;
+            "thread" for a thread of this process, which is what a raw cache is read by where None is given.
         seed: of order and chance.
+        last_batch: `drop` the last, short batch of an epoch, or `keep` it.
+        on_bad: `stop` where a picture cannot be read, or `skip` such pictures, found before training.
+        max_bad: share of the pictures that may be skipped.
+        draft: decode large JPEGs at 1/2, 1/4 or 1/8 of their size where that is enough; training pictures only.
+        cache: read training pictures from a cache, `raw` or `jpeg`, made where it is not there; `auto` chooses.
+        cache_folder: where caches lie; None is the user's cache folder.
     """
 
     def __init__(
         self,
         root: str,
         layout: Callable[[Path], Listing],
-        sizes: Sizes,
+        sizes: Sizes | FullImage,
         views: Views | None = None,
         batch_size: int = 64,
         region: int = 224,
@@ -64,8 +84,14 @@ class MultiSizeDataModule(LightningDataModule):
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         val_sizes: Sequence[int] | None = None,
-        num_workers: int | None = None,
+        num_workers: int | str | None = None,
         seed: int = 0,
+        last_batch: str = "drop",
+        on_bad: str = "stop",
+        max_bad: float = 0.01,
+        draft: bool = True,
+        cache: str | None = None,
+        cache_folder: str | None = None,
     ) -> None:
         super().__init__()
         if region > resize:
@@ -74,13 +100,19 @@ class MultiSizeDataModule(LightningDataModule):
             raise ValueError(f"data.place={place!r}: use one of {', '.join(PLACES)}")
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"data.mean={list(mean)}, data.std={list(std)}: give three grey levels each, std above 0")
+        if isinstance(num_workers, str) and num_workers != "thread":
+            raise ValueError(f"data.num_workers={num_workers!r}: use a number of processes, thread, or null")
+        if cache not in (None, "auto", *KINDS):
+            raise ValueError(f"data.cache={cache!r}: use {', '.join(KINDS)}, auto, or null")
         self.root, self.layout, self.sizes = Path(root), layout, sizes
         self.batch_size, self.region, self.resize, self.place = batch_size, region, resize, place
         self.flip, self.colour, self.mean, self.std = flip, colour, tuple(mean), tuple(std)
         self.views = self.sized(views or Views("center_crop"))
         self.test_split = "test"
         self.val_sizes = tuple(val_sizes or (region,))
-        self.num_workers, self.seed = num_workers, seed
+        self.num_workers, self.seed, self.last_batch = num_workers, seed, last_batch
+        self.on_bad, self.max_bad, self.draft = on_bad, max_bad, draft
+        self.cache, self.cache_folder = cache, cache_folder
         self.index: Index | None = None
         self._position = {"epoch": 0, "batch": 0}
         self._restored = False  # the next pass over the training loader goes on at the position
@@ -88,7 +120,8 @@ class MultiSizeDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Make the index, once."""
         if self.index is None:
-            self.index = make_index(self.root, self.layout)
+            self.index = usable_index(self.root, self.layout, self.on_bad, self.max_bad)
+            self._refuse_huge(self.index)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -100,22 +133,71 @@ class MultiSizeDataModule(LightningDataModule):
         """Which images make up which batch on this rank; after `setup`."""
         trainer = self.trainer
         return Plan(
-            len(self._index.rows("train")),
+            len(self.files.rows),
             self.batch_size,
             self.seed,
             trainer.global_rank if trainer else 0,
             trainer.world_size if trainer else 1,
             trainer.accumulate_grad_batches if trainer else 1,
+            self.last_batch,
+            self._cut,
         )
 
-    def size_at(self, epoch: int, batch: int) -> int:
-        """The planned training size in px of the global batch `batch`."""
-        return planned(self.sizes, self.seed, epoch, batch, self.region)
+    @cached_property
+    def _cut(self) -> Cut | None:
+        """How whole pictures fall into batches; None where regions are cut from them."""
+        if not isinstance(self.sizes, FullImage):
+            return None
+        return cut(self.files.shapes, self.batch_size, self.sizes.size, self.sizes.least)
 
-    def planned_sizes(self, epochs: int, batches: int | None = None) -> dict[int, list[int]]:
-        """Epoch → the sizes in px that occur in it, by first occurrence."""
-        batches = batches or self.plan.num_batches
-        return {e: list(dict.fromkeys(self.size_at(e, b) for b in range(batches))) for e in range(epochs)}
+    @cached_property
+    def files(self) -> Files:
+        """The training pictures as they lie on disk, at the shapes that they are needed in; after `setup`."""
+        index, rows = self._index, self._index.rows("train")
+        widths, heights = index.widths[rows], index.heights[rows]
+        if isinstance(self.sizes, FullImage):
+            return Files(index, rows, self.sizes.homes(widths, heights), self.draft)
+        return Files(index, rows, resized_shapes(widths, heights, self.resize), self.draft)
+
+    @cached_property
+    def pictures(self) -> Pictures:
+        """Where the training pictures are read from: the files, or a cache of them, made here where it is not there."""
+        kind = self.cache_kind
+        return make_cache(self.files, kind, self.cache_folder) if kind else self.files
+
+    @cached_property
+    def cache_kind(self) -> str | None:
+        """The kind of cache that training reads from: `cache`, or what `auto` chose."""
+        return choose(self.files, self.cache_folder) if self.cache == "auto" else self.cache
+
+    def shape_at(self, epoch: int, batch: int) -> Shape:
+        """Height and width in px that the plan gives the training pictures of the global batch `batch`."""
+        if isinstance(self.sizes, FullImage):
+            shape = self.plan.shape(epoch, batch)
+            assert shape is not None
+            return shape
+        size = planned(self.sizes, self.seed, epoch, batch, self.region)
+        return size, size
+
+    def planned_shapes(self, epochs: int, batches: int | None = None) -> dict[int, list[Shape]]:
+        """Epoch → the heights and widths in px that occur in it, by first occurrence."""
+        plan = self.plan
+        batches = batches or plan.num_batches
+        if plan.cut is not None:
+            turns = {e: order_of_batches(self.seed, e, len(plan.cut))[:batches] for e in range(epochs)}
+            return {e: list(dict.fromkeys(map(tuple, plan.cut.shapes[turn].tolist()))) for e, turn in turns.items()}
+        return {e: list(dict.fromkeys(self.shape_at(e, b) for b in range(batches))) for e in range(epochs)}
+
+    def largest(self, epochs: int) -> tuple[int, Shape]:
+        """Images that a device computes at once, and their shape, where these are the most px in all."""
+        plan = self.plan
+        if plan.cut is None:
+            shapes = {shape for planned in self.planned_shapes(epochs).values() for shape in planned}
+            return plan.micro_batch_size, max(shapes, key=math.prod)
+        at_once = -(-plan.cut.counts // (plan.world_size * plan.accumulation))
+        most = int((at_once * plan.cut.shapes.astype(np.int64).prod(1)).argmax())
+        height, width = plan.cut.shapes[most].tolist()
+        return int(at_once[most]), (height, width)
 
     # Loaders
 
@@ -126,18 +208,17 @@ class MultiSizeDataModule(LightningDataModule):
             # Read when the first batch is asked for: Lightning makes iterators before it has restored its epoch.
             yield from plan.micro_batches(*self._begin())
 
-        def arrived(handed_out: int, batch: TrainBatch, asked: Any) -> TrainBatch:
-            done = asked.batch + (handed_out % plan.accumulation == 0)
-            self._position = {"epoch": asked.epoch, "batch": done}
-            return batch._replace(size=self.size_at(asked.epoch, asked.batch))
+        def arrived(batch: TrainBatch, asked: Any) -> TrainBatch:
+            self._position = {"epoch": asked.epoch, "batch": asked.batch + asked.last}
+            return batch._replace(shape=asked.shape or self.shape_at(asked.epoch, asked.batch))
 
-        return Loader(self._train_source, batches, len(plan), self._workers(), arrived)
+        return Loader(self._train_source, batches, len(plan), self._train_workers(), arrived)
 
     def regions_loader(self, epoch: int) -> Loader[TrainBatch]:
         """The regions of one epoch, from its beginning and before any device step; moves no position."""
         plan = self.plan
         batches = partial(plan.micro_batches, epoch)
-        return Loader(self._train_source, batches, len(plan), self._workers(), lambda _, batch, __: batch)
+        return Loader(self._train_source, batches, len(plan), self._train_workers(), lambda batch, _: batch)
 
     def val_dataloader(self) -> list[Loader[ViewsBatch]]:
         return [self.views_loader(Views("center_crop", size), "val") for size in self.val_sizes]
@@ -153,7 +234,7 @@ class MultiSizeDataModule(LightningDataModule):
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         # Images are dealt out, not batches: a rank without any would end the run, and ranks would wait for each other.
         batches = source.batches(self._index.rows(split)[rank::ranks], max(1, self.batch_size // ranks))
-        return Loader(source, lambda: iter(batches), len(batches), self._workers(), lambda _, batch, __: batch)
+        return Loader(source, lambda: iter(batches), len(batches), self._workers(), lambda batch, _: batch)
 
     def sized(self, views: Views) -> Views:
         """`views` with the region's size where they name none."""
@@ -165,13 +246,15 @@ class MultiSizeDataModule(LightningDataModule):
             images = device_step(
                 batch.images,
                 batch.uniforms,
-                batch.size,
+                batch.shape,
                 mean=self.mean,
                 std=self.std,
                 flip=self.flip,
                 colour=self.colour,
             )
-            return images, batch.labels
+            labelled = Labelled((images, batch.labels))
+            labelled.weight = batch.weight
+            return labelled
         if isinstance(batch, ViewsBatch):
             views = normalise(batch.views, self.mean, self.std)  # (B, V, 3, h, w)
             if self.trainer is not None and (self.trainer.validating or self.trainer.sanity_checking):
@@ -196,7 +279,7 @@ class MultiSizeDataModule(LightningDataModule):
 
     @property
     def _train_source(self) -> TrainSource:
-        return TrainSource(self._index, self._index.rows("train"), self.resize, self.region, self.place)
+        return TrainSource(self.pictures, self._index.labels[self.files.rows], self.region, self.place)
 
     def _begin(self) -> tuple[int, int]:
         """Epoch and first global batch of the pass over the training loader that begins now."""
@@ -210,7 +293,24 @@ class MultiSizeDataModule(LightningDataModule):
         now = self.trainer.current_epoch
         return now, batch if restored and epoch == now else 0
 
-    def _workers(self) -> int:
+    def _refuse_huge(self, index: Index) -> None:
+        """A picture that is nearly a line would not fit into memory with its shorter side at `resize`."""
+        shapes = resized_shapes(index.widths, index.heights, self.resize)
+        huge = np.flatnonzero(shapes.astype(np.int64).prod(1) > MAX_PIXELS)
+        if len(huge):
+            row = int(huge[0])
+            height, width = shapes[row].tolist()
+            raise ValueError(
+                f"{index.path(row)}: is {index.widths[row]}×{index.heights[row]} px, and {width}×{height} with the "
+                f"shorter side at {self.resize}: crop or remove it"
+            )
+
+    def _train_workers(self) -> int | str:
+        if self.num_workers is None and self.cache_kind == "raw":
+            return "thread"  # to hand a batch from process to process would take longer than to read it
+        return self._workers()
+
+    def _workers(self) -> int | str:
         if self.num_workers is not None:
             return self.num_workers
         devices = self.trainer.num_devices if self.trainer else 1
@@ -221,8 +321,8 @@ class Loader(Generic[Batch]):
     """A source read in the order that `batches()` gives, by worker processes that live as long as the loader.
 
     No `torch.utils.data.DataLoader` to Lightning, so that it never rebuilds it with another sampler; everything that
-    differs by rank and epoch is in what `batches` yields. `arrived(n, batch, asked)` sees each batch as it is handed
-    out, n counting from 1.
+    differs by rank and epoch is in what `batches` yields. `num_workers` may be "thread". `arrived(batch, asked)` sees
+    each batch as it is handed out.
     """
 
     def __init__(
@@ -230,30 +330,32 @@ class Loader(Generic[Batch]):
         source: TrainSource | ViewsSource,
         batches: Callable[[], Iterator[Any]],
         length: int,
-        num_workers: int,
-        arrived: Callable[[int, Batch, Any], Batch],
+        num_workers: int | str,
+        arrived: Callable[[Batch, Any], Batch],
     ) -> None:
         self._asked = _Asked(batches)
         self._length = length
-        self._arrived: Callable[[int, Batch, Any], Batch] = arrived
+        self._arrived: Callable[[Batch, Any], Batch] = arrived
+        processes = 0 if isinstance(num_workers, str) else num_workers
         self._loader: DataLoader[Any] = DataLoader(
             source,  # type: ignore[arg-type]
             batch_size=None,
             sampler=self._asked,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
+            num_workers=processes,
+            persistent_workers=processes > 0,
             pin_memory=torch.cuda.is_available(),
         )
+        self._in_thread = num_workers == "thread"
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
         self._asked.waiting.clear()
-        for handed_out, batch in enumerate(self._loader, start=1):
+        for batch in read_ahead(self._loader) if self._in_thread else self._loader:
             if isinstance(batch, ValueError):
                 raise batch
-            yield self._arrived(handed_out, batch, self._asked.waiting.popleft())
+            yield self._arrived(batch, self._asked.waiting.popleft())
 
     # Lightning warns of resuming with a loader that has no state. The position is the datamodule's.
 
@@ -272,6 +374,45 @@ class Loader(Generic[Batch]):
     @_iterator.setter
     def _iterator(self, iterator: Any) -> None:
         self._loader._iterator = iterator
+
+
+def read_ahead(batches: Iterable[Any], depth: int = READ_AHEAD) -> Iterator[Any]:
+    """What `batches` gives, in its order, made by a thread that is at most `depth` ahead."""
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(kind: str, value: Any) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put((kind, value), timeout=0.1)
+                return True
+            except queue.Full:
+                pass
+        return False
+
+    def run() -> None:
+        try:
+            for batch in batches:
+                if not put("batch", batch):
+                    return
+        except BaseException as error:
+            put("error", error)
+        else:
+            put("end", None)
+
+    thread = threading.Thread(target=run, name="spp_cls reader", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "error":
+                raise value
+            if kind == "end":
+                return
+            yield value
+    finally:
+        stopped.set()
+        thread.join()
 
 
 class _Asked:

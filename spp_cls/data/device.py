@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .plan import COLOUR, FLIP
+from .plan import COLOUR, FLIP, Shape
 
 # Principal components of ImageNet's colours for pixels in [0, 1], as in Krizhevsky et al. 2012, §4.1; the numbers are
 # those published with fb.resnet.torch. Columns of the vectors belong to the values.
@@ -19,14 +19,14 @@ EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836
 def device_step(
     images: Tensor,
     uniforms: Tensor,
-    size: int,
+    shape: Shape,
     *,
     mean: Sequence[float],
     std: Sequence[float],
     flip: float = 0.5,
     colour: float = 0.1,
 ) -> Tensor:
-    """Regions (B, 3, R, R) in uint8 and uniforms (B, 8) → (B, 3, size, size) in float32, channels_last.
+    """Pictures (B, 3, H, W) in uint8 and uniforms (B, 8) → (B, 3, *shape) in float32, channels_last.
 
     `flip` is the share of mirrored pictures, `colour` the σ of the PCA shift; `mean` and `std` are in grey levels
     (0–255). He et al. 2014, §2.3: a smaller training size is the same region, resized, not a smaller crop.
@@ -35,31 +35,31 @@ def device_step(
     offset = offset + colour_shift(uniforms, colour) * scale  # (B, 3)
     mirrored = uniforms[:, FLIP] < flip
     route = _image_by_image if images.device.type == "cpu" else _at_once
-    return route(images, size, mirrored, scale, offset)
+    return route(images, shape, mirrored, scale, offset)
 
 
-def _image_by_image(images: Tensor, size: int, mirrored: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+def _image_by_image(images: Tensor, shape: Shape, mirrored: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """On a CPU, and in uint8 as long as it goes: the whole batch in float would be bound by memory."""
-    out = torch.empty(len(images), 3, size, size).contiguous(memory_format=torch.channels_last)
+    out = torch.empty(len(images), 3, *shape).contiguous(memory_format=torch.channels_last)
     for image, mirror, shift, place in zip(images, mirrored.tolist(), offset, out, strict=True):
-        resized = resize(image[None], size)[0]
+        resized = resize(image[None], shape)[0]
         torch.mul(resized.flip(2) if mirror else resized, scale[:, None, None], out=place)
         place.add_(shift[:, None, None])
     return out
 
 
-def _at_once(images: Tensor, size: int, mirrored: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    resized = resize(images.float(), size)
+def _at_once(images: Tensor, shape: Shape, mirrored: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    resized = resize(images.float(), shape)
     resized = torch.where(mirrored[:, None, None, None], resized.flip(3), resized)
     out = resized * scale[:, None, None] + offset[:, :, None, None]
     return out.contiguous(memory_format=torch.channels_last)
 
 
-def resize(images: Tensor, size: int) -> Tensor:
-    """(B, 3, H, W) → (B, 3, size, size), bilinear with antialias: within one grey level of Pillow's."""
-    if images.shape[-2:] == (size, size):
+def resize(images: Tensor, shape: Shape) -> Tensor:
+    """(B, 3, H, W) → (B, 3, *shape), bilinear with antialias: within two grey levels of Pillow's."""
+    if images.shape[-2:] == shape:
         return images
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    return F.interpolate(images, shape, mode="bilinear", antialias=True)
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

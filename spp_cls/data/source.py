@@ -1,32 +1,39 @@
-"""Sources: a planned batch of positions → uint8 pixels, decoded from the files of a folder."""
+"""Sources: a planned batch of positions → uint8 pixels, from the files of a folder or from a cache of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
+from .device import resize
 from .index import Index
-from .plan import CROP_X, CROP_Y, MicroBatch
+from .plan import CROP_X, CROP_Y, MicroBatch, Shape
 from .reader import read_rgb
 from .views import Views
 
 PLACES = ("anywhere", "five")
+# Paper: "from the center or the four corners of the entire image". Here: anywhere by default, because what the paper
+# says it follows (Krizhevsky, Howard) crops at random; `place: five` is the literal reading.
+FIVE = np.array([(0.5, 0.5), (0, 0), (0, 1), (1, 0), (1, 1)], np.float32)  # share of the room above, and to the left
+
+Pixels = npt.NDArray[np.uint8]  # (h, w, 3)
 
 
 class TrainBatch(NamedTuple):
-    """Regions (B, 3, R, R) uint8, labels (B,), uniforms (B, 8), and the size in px that the plan gives them."""
+    """Pictures (B, 3, H, W) uint8, labels (B,), uniforms (B, 8), the shape in px that the plan gives them, and the
+    weight of their mean loss."""
 
     images: Tensor
     labels: Tensor
     uniforms: Tensor
-    size: int
+    shape: Shape
+    weight: float
 
 
 class ViewsBatch(NamedTuple):
@@ -37,68 +44,110 @@ class ViewsBatch(NamedTuple):
     rows: Tensor
 
 
-def resized_shape(width: int, height: int, shorter: int) -> tuple[int, int]:
-    """(width, height) in px after the shorter side became `shorter`, aspect ratio kept."""
+class Pictures(Protocol):
+    """Whole training pictures by position: `shapes` (n, 2) are their heights and widths in px."""
+
+    @property
+    def shapes(self) -> npt.NDArray[np.int32]: ...
+
+    def __getitem__(self, position: int) -> Pixels: ...
+
+
+def resized_shape(width: int, height: int, shorter: int) -> Shape:
+    """(height, width) in px after the shorter side became `shorter`, aspect ratio kept."""
     scale = shorter / min(width, height)
-    return max(shorter, round(width * scale)), max(shorter, round(height * scale))
+    return max(shorter, round(height * scale)), max(shorter, round(width * scale))
 
 
-def cut_region(
-    image: Image.Image, uniforms: npt.NDArray[np.float32], resize: int, region: int, place: str
-) -> npt.NDArray[np.uint8]:
-    """The training region (region, region, 3) of an image whose shorter side is resized to `resize`.
+def resized_shapes(
+    widths: npt.NDArray[np.int32], heights: npt.NDArray[np.int32], shorter: int
+) -> npt.NDArray[np.int32]:
+    """`resized_shape` of n pictures: (n, 2)."""
+    scales = shorter / np.minimum(widths, heights)
+    sides = np.rint(np.stack([heights * scales, widths * scales], axis=1))
+    shapes: npt.NDArray[np.int32] = np.maximum(shorter, sides).astype(np.int32)
+    return shapes
 
-    One resampling of the region's box in the original: at most a rounding away from resizing all of it and cropping.
+
+def read_resized(path: Path, shape: Shape, *, draft: bool = False, num_bytes: int | None = None) -> Tensor:
+    """The picture at `path` as (3, *shape) uint8, within two grey levels of Pillow's bilinear resizing.
+
+    `draft`: a large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, but no smaller than `shape`.
     """
-    width, height = resized_shape(*image.size, resize)
-    # Paper: 224 px "from the center or the four corners of the entire image". Here: anywhere by default, because what
-    # the paper says it follows (Krizhevsky, Howard) crops at random; `place: five` is the literal reading.
+    return resized(read_rgb(path, draft=(shape[1], shape[0]) if draft else None, num_bytes=num_bytes), shape)
+
+
+def resized(image: Tensor, shape: Shape) -> Tensor:
+    """(3, h, w) → (3, *shape)."""
+    return resize(image[None], shape)[0]
+
+
+def corners(
+    uniforms: npt.NDArray[np.float32], shapes: npt.NDArray[np.int32], region: int, place: str
+) -> npt.NDArray[np.int64]:
+    """Top and left (B, 2) in px of the regions that uniforms (B, 8) choose in pictures of shapes (B, 2)."""
     if place == "five":
-        x, y = [(0.5, 0.5), (0, 0), (1, 0), (0, 1), (1, 1)][int(uniforms[CROP_X] * 5)]
-        left, top = round(x * (width - region)), round(y * (height - region))
+        room = (shapes - region).astype(np.float32)
+        places = np.rint(FIVE[(uniforms[:, CROP_X] * 5).astype(np.int64)] * room)
     else:
-        left = int(uniforms[CROP_X] * (width - region + 1))
-        top = int(uniforms[CROP_Y] * (height - region + 1))
-    sx, sy = image.width / width, image.height / height
-    box = (
-        left * sx,
-        top * sy,
-        min((left + region) * sx, image.width),
-        min((top + region) * sy, image.height),
-    )
-    return np.asarray(image.resize((region, region), Image.Resampling.BILINEAR, box=box))
+        room = (shapes - region + 1).astype(np.float32)
+        places = uniforms[:, [CROP_Y, CROP_X]] * room
+    return np.asarray(places, np.int64)
 
 
-def read_views(path: Path, views: Views, resize: int, region: int) -> Tensor:
+def read_views(path: Path, views: Views, resize: int, region: int, num_bytes: int | None = None) -> Tensor:
     """The views (V, 3, h, w) uint8 of the picture at `path`."""
-    image = read_rgb(path)
-    shape = resized_shape(*image.size, views.shorter_side(resize, region))
-    pixels = np.array(image.resize(shape, Image.Resampling.BILINEAR))  # a copy: torch wants it writable
-    return views(torch.from_numpy(pixels).permute(2, 0, 1))  # (h, w, 3) → (3, h, w)
+    image = read_rgb(path, num_bytes=num_bytes)
+    shape = resized_shape(image.shape[2], image.shape[1], views.shorter_side(resize, region))
+    return views(resized(image, shape))
+
+
+@dataclass(frozen=True)
+class Files:
+    """The training pictures as they lie on disk: decoded and resized to `shapes` each time they are asked for."""
+
+    index: Index
+    rows: npt.NDArray[np.int64]
+    shapes: npt.NDArray[np.int32]
+    draft: bool = True
+
+    def __getitem__(self, position: int) -> Pixels:
+        row, (height, width) = int(self.rows[position]), self.shapes[position].tolist()
+        num_bytes = int(self.index.num_bytes[row])
+        image = read_resized(self.index.path(row), (height, width), draft=self.draft, num_bytes=num_bytes)
+        return image.permute(1, 2, 0).numpy()
 
 
 @dataclass(frozen=True)
 class TrainSource:
-    """Micro-batches of the plan → `TrainBatch`; the plan's positions count within `rows` of the index."""
+    """Micro-batches of the plan → `TrainBatch`: regions of `region` px, or whole pictures where the plan says so."""
 
-    index: Index
-    rows: npt.NDArray[np.int64]
-    resize: int
+    pictures: Pictures
+    labels: npt.NDArray[np.int64]
     region: int
     place: str
 
     def __getitem__(self, planned: MicroBatch) -> TrainBatch | ValueError:
-        rows = self.rows[planned.indices]
-        pixels = np.empty((len(rows), self.region, self.region, 3), np.uint8)
+        at, shape = planned.indices, planned.shape or (self.region, self.region)
+        pixels = np.empty((len(at), *shape, 3), np.uint8)
         try:
-            for i, row in enumerate(rows):
-                image = read_rgb(self.index.path(row))
-                pixels[i] = cut_region(image, planned.uniforms[i], self.resize, self.region, self.place)
+            if planned.shape is None:
+                places = corners(planned.uniforms, self.pictures.shapes[at], self.region, self.place).tolist()
+                for i, (position, (top, left)) in enumerate(zip(at.tolist(), places, strict=True)):
+                    whole = self.pictures[position]
+                    pixels[i] = whole[top : top + self.region, left : left + self.region]
+            else:
+                for i, position in enumerate(at.tolist()):
+                    whole = self.pictures[position]
+                    if whole.shape[:2] != shape:  # it joined others
+                        image = torch.from_numpy(whole.copy()).permute(2, 0, 1)  # torch wants it writable
+                        whole = resized(image, shape).permute(1, 2, 0).numpy()
+                    pixels[i] = whole
         except ValueError as error:
             return error  # raised again by the loader: a worker would bury the one line in a traceback
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (B, R, R, 3) → (B, 3, R, R), channels_last
-        labels = torch.from_numpy(self.index.labels[rows])
-        return TrainBatch(images, labels, torch.from_numpy(planned.uniforms), size=self.region)
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (B, H, W, 3) → (B, 3, H, W), channels_last
+        uniforms, labels = torch.from_numpy(planned.uniforms), torch.from_numpy(self.labels[at])
+        return TrainBatch(images, labels, uniforms, shape, planned.weight)
 
 
 @dataclass(frozen=True)
@@ -112,7 +161,12 @@ class ViewsSource:
 
     def __getitem__(self, rows: npt.NDArray[np.int64]) -> ViewsBatch | ValueError:
         try:
-            views = [read_views(self.index.path(row), self.views, self.resize, self.region) for row in rows]
+            views = [
+                read_views(
+                    self.index.path(row), self.views, self.resize, self.region, num_bytes=int(self.index.num_bytes[row])
+                )
+                for row in rows
+            ]
         except ValueError as error:
             return error
         labels = torch.from_numpy(self.index.labels[rows])

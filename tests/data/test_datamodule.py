@@ -5,9 +5,12 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,10 +25,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from spp_cls.data import MultiSizeDataModule, Views
+from spp_cls.data.datamodule import read_ahead
 from spp_cls.data.device import device_step
+from spp_cls.data.full_image import FullImage
 from spp_cls.data.layouts import folder
 from spp_cls.data.sizes import Sizes, alternating, single
-from spp_cls.data.source import TrainBatch, ViewsBatch, cut_region, read_rgb
+from spp_cls.data.source import TrainBatch, ViewsBatch, corners, read_resized, resized_shapes
 
 Received = tuple[int, list[int], list[str]]  # size, labels, a fingerprint of each image
 TWO_SIZES = partial(alternating, sizes=[26, 32])
@@ -78,7 +83,12 @@ class SaveAndKill(Callback):
 
 
 def make(
-    pictures: Path, *, sizes: Sizes = TWO_SIZES, num_workers: int = 0, batch_size: int = 8, **options: Any
+    pictures: Path,
+    *,
+    sizes: Sizes | FullImage = TWO_SIZES,
+    num_workers: int | str | None = 0,
+    batch_size: int = 8,
+    **options: Any,
 ) -> MultiSizeDataModule:
     options = {"region": 32, "resize": 36, **options}
     return MultiSizeDataModule(str(pictures), folder, sizes, batch_size=batch_size, num_workers=num_workers, **options)
@@ -128,7 +138,7 @@ def as_rank(datamodule: MultiSizeDataModule, rank: int, ranks: int, accumulation
 
 
 def same(a: TrainBatch, b: TrainBatch) -> bool:
-    return a.size == b.size and all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
+    return a.shape == b.shape and all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
 
 
 # What a module that knows nothing of us receives
@@ -156,14 +166,17 @@ def test_what_arrives_is_the_device_step_of_the_regions_of_the_plan(pictures: Pa
     expected = []
     for epoch, size in enumerate((26, 32)):
         for micro in plan.micro_batches(epoch):
+            chosen = rows[micro.indices]
+            shapes = resized_shapes(index.widths[chosen], index.heights[chosen], 36)
+            places = corners(micro.uniforms, shapes, 32, "anywhere").tolist()
             regions = [
-                cut_region(read_rgb(index.path(row)), uniforms, 36, 32, "anywhere")
-                for row, uniforms in zip(rows[micro.indices], micro.uniforms, strict=True)
+                read_resized(index.path(row), tuple(shape), draft=True)[:, top : top + 32, left : left + 32]
+                for row, shape, (top, left) in zip(chosen.tolist(), shapes.tolist(), places, strict=True)
             ]
             images = device_step(
-                torch.from_numpy(np.stack(regions)).permute(0, 3, 1, 2),
+                torch.stack(regions),
                 torch.from_numpy(micro.uniforms),
-                size,
+                (size, size),
                 mean=datamodule.mean,
                 std=datamodule.std,
             )
@@ -258,7 +271,7 @@ def test_two_ranks_joined_are_one_rank(pictures: Path, accumulation: int) -> Non
     assert len(micros) == parts * len(whole)
     for i, batch in enumerate(whole):
         joined = micros[parts * i : parts * (i + 1)]
-        assert {micro.size for micro in joined} == {batch.size}
+        assert {micro.shape for micro in joined} == {batch.shape}
         for field in ("images", "labels", "uniforms"):
             assert torch.equal(torch.cat([getattr(micro, field) for micro in joined]), getattr(batch, field))
 
@@ -272,6 +285,7 @@ def two_ranks(pictures: Path, out: Path, *arguments: int, ends_with: int = 0) ->
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_two_processes_receive_the_planned_sizes_and_each_image_once(pictures: Path, tmp_path: Path) -> None:
     ranks = two_ranks(pictures, tmp_path, 0)
 
@@ -363,14 +377,14 @@ def test_validation_is_the_centre_crop_unmirrored_and_with_its_own_colours(pictu
     images, labels = datamodule.on_after_batch_transfer(batch, 0)
     assert images.is_contiguous(memory_format=torch.channels_last) and torch.equal(labels, batch.labels)
     assert datamodule.index is not None
-    picture = read_rgb(datamodule.index.path(int(batch.rows[0])))
+    picture = Image.open(datamodule.index.path(int(batch.rows[0]))).convert("RGB")
     scale = 36 / min(picture.size)
     shape = [round(side * scale) for side in picture.size]
     left, top = round((shape[0] - 32) / 2), round((shape[1] - 32) / 2)
     resized = np.asarray(picture.resize(tuple(shape), Image.Resampling.BILINEAR))
     crop = torch.from_numpy(resized[top : top + 32, left : left + 32].astype(np.float32)).permute(2, 0, 1)
     mean, std = (torch.tensor(v)[:, None, None] for v in (datamodule.mean, datamodule.std))
-    torch.testing.assert_close(images[0], (crop - mean) / std, rtol=0, atol=1e-5)
+    assert (images[0] * std + mean - crop).abs().max() < 2.01  # two grey levels
 
 
 def test_without_val_sizes_the_regions_size_is_validated(pictures: Path) -> None:
@@ -414,7 +428,7 @@ def test_a_pass_that_is_broken_off_was_an_epoch_too(pictures: Path, num_workers:
     loader = datamodule.train_dataloader()
     first = next(iter(loader))
     second = list(loader)
-    assert (first.size, [batch.size for batch in second]) == (26, [32] * 4)
+    assert (first.shape, [batch.shape for batch in second]) == ((26, 26), [(32, 32)] * 4)
     whole = make(pictures)
     whole.setup()
     both = list(whole.train_dataloader()), list(whole.regions_loader(1))
@@ -467,14 +481,14 @@ def test_limit_train_batches_takes_the_first_of_each_epoch(pictures: Path, num_w
     assert received == whole[0:2] + whole[4:6] + whole[8:10]
 
 
-def test_planned_sizes(pictures: Path) -> None:
+def test_planned_shapes(pictures: Path) -> None:
     def by_batch(seed: int, epoch: int, batch: int) -> int:
         return 20 + epoch + 2 * (batch % 2)
 
     datamodule = make(pictures, sizes=by_batch)
     datamodule.setup()
-    assert datamodule.planned_sizes(2) == {0: [20, 22], 1: [21, 23]}
-    assert datamodule.planned_sizes(2, batches=1) == {0: [20], 1: [21]}
+    assert datamodule.planned_shapes(2) == {0: [(20, 20), (22, 22)], 1: [(21, 21), (23, 23)]}
+    assert datamodule.planned_shapes(2, batches=1) == {0: [(20, 20)], 1: [(21, 21)]}
     module = fit(datamodule, epochs=2, accumulate_grad_batches=2)
     assert [size for size, _, _ in module.received] == [20, 20, 22, 22] * 2 + [21, 21, 23, 23] * 2
 
@@ -492,6 +506,185 @@ def test_workers_end_with_the_fit_and_with_the_loader(pictures: Path) -> None:
         assert not multiprocessing.active_children()
     finally:
         gc.enable()
+
+
+# Caches, threads, whole pictures, and the last, short batch
+
+
+WHOLE = FullImage(32, 8, least=1)
+
+
+def losses_of_a_fit(pictures: Path, **options: Any) -> list[Any]:
+    """What a stranger's module receives in two epochs; rows in batches of 8, whatever way they come."""
+    return list(fit(make(pictures, **options), epochs=2).received)
+
+
+@pytest.mark.parametrize("sizes", [TWO_SIZES, WHOLE], ids=["regions", "whole"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_workers": 2},
+        {"num_workers": "thread"},
+        {"cache": "raw"},
+        {"cache": "raw", "num_workers": None},
+        {"cache": "raw", "num_workers": 2},
+    ],
+    ids=str,
+)
+def test_every_way_to_read_gives_the_same_bits(
+    pictures: Path, tmp_path: Path, sizes: Sizes | FullImage, options: dict[str, Any]
+) -> None:
+    if "cache" in options:
+        options = {**options, "cache_folder": str(tmp_path)}
+    expected = losses_of_a_fit(pictures, sizes=sizes)
+    assert losses_of_a_fit(pictures, sizes=sizes, **options) == expected
+    assert len({print for _, _, prints in expected for print in prints}) > 36  # nothing is twice the same
+
+
+def test_a_jpeg_cache_gives_pictures_that_are_near(pictures: Path, tmp_path: Path) -> None:
+    files = one_pass(make(pictures))
+    cached = one_pass(make(pictures, cache="jpeg", cache_folder=str(tmp_path)))
+    for a, b in zip(files, cached, strict=True):
+        assert torch.equal(a.labels, b.labels) and torch.equal(a.uniforms, b.uniforms)
+        assert 0 < (a.images.float() - b.images.float()).abs().mean() < 4
+
+
+def test_a_raw_cache_is_read_by_a_thread_and_files_by_processes(pictures: Path, tmp_path: Path) -> None:
+    datamodule = make(pictures, cache="raw", cache_folder=str(tmp_path), num_workers=None)
+    datamodule.setup()
+    assert datamodule._train_workers() == "thread" and datamodule._workers() != "thread"
+    for _ in datamodule.train_dataloader():
+        assert "spp_cls reader" in {thread.name for thread in threading.enumerate()}
+        break
+    gc.collect()
+    assert "spp_cls reader" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_read_ahead_hands_on_what_comes_and_what_goes_wrong() -> None:
+    def numbers() -> Iterator[int]:
+        yield from range(5)
+        raise OSError("gone")
+
+    seen = []
+    with pytest.raises(OSError, match="^gone$"):
+        for number in read_ahead(numbers()):
+            seen.append(number)
+    assert seen == list(range(5))
+    assert list(read_ahead(range(100), depth=1)) == list(range(100)) and list(read_ahead([])) == []
+
+    taken = []
+    ahead = read_ahead((taken.append(i) or i for i in range(1000)), depth=3)  # type: ignore[func-returns-value]
+    assert next(ahead) == 0
+    ahead.close()
+    assert len(taken) <= 6 and threading.active_count() == len(threading.enumerate())  # and its thread has ended
+    assert "spp_cls reader" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_whole_pictures_once_an_epoch_and_two_ranks_joined_are_one(pictures: Path, accumulation: int) -> None:
+    options: dict[str, Any] = {"sizes": WHOLE, "batch_size": 18}
+    datamodule = as_rank(make(pictures, **options), 0, 1)
+    whole = one_pass(datamodule)
+    assert sum(len(batch.labels) for batch in whole) == 36 and len(whole) == len(datamodule.plan)
+    assert len({batch.shape for batch in whole}) > 1
+    for batch in whole:
+        assert batch.images.shape[2:] == batch.shape and batch.weight == 1
+    if accumulation == 2:
+        with pytest.raises(ValueError, match="as few as 3, which do not divide among 2 devices × 2 accumulated"):
+            one_pass(as_rank(make(pictures, **options), 0, 2, accumulation))
+        return
+    ranks = [one_pass(as_rank(make(pictures, **options), rank, 2, accumulation)) for rank in range(2)]
+    micros = [batch for pair in zip(*ranks, strict=True) for batch in pair]  # rank 0, rank 1, rank 0 …
+    parts = 2 * accumulation
+    for i, batch in enumerate(whole):
+        joined = micros[parts * i : parts * (i + 1)]
+        assert {micro.shape for micro in joined} == {batch.shape}
+        assert torch.equal(torch.cat([micro.images for micro in joined]), batch.images)
+        assert sum(micro.weight * 1 / parts for micro in joined) == pytest.approx(1)
+
+
+def test_whole_pictures_go_on_where_a_checkpoint_says(pictures: Path, tmp_path: Path) -> None:
+    whole = fit(make(pictures, sizes=WHOLE), epochs=2).received
+    saver = SaveAndKill(tmp_path / "a.ckpt", save_at=len(whole) // 2 + 2, kill_at=len(whole) // 2 + 3)
+    with pytest.raises(Killed):
+        fit(make(pictures, sizes=WHOLE), epochs=2, callbacks=[saver])
+    module = Stranger()
+    trainer(2).fit(module, datamodule=make(pictures, sizes=WHOLE), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert module.received == whole[saver.received_when_saved :]
+
+
+class MeanOverTheGlobalBatch(LightningModule):
+    """One linear layer, and the gradients of each optimizer step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.gradients = nn.Linear(3, 3), list[Tensor]()
+        nn.init.constant_(self.layer.weight, 0.01)
+        nn.init.zeros_(self.layer.bias)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, labels = batch
+        losses = F.cross_entropy(self.layer(images.mean((2, 3))), labels, reduction="none")
+        return losses.mean() * batch.weight
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        assert self.layer.weight.grad is not None
+        self.gradients.append(self.layer.weight.grad.clone())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.parametrize("sizes", [partial(single, size=32), WHOLE], ids=["regions", "whole"])
+def test_each_image_counts_the_same_however_a_batch_is_divided(pictures: Path, sizes: Sizes | FullImage) -> None:
+    found = []
+    for accumulation in (1, 2, 5):  # 36 images in batches of 10: the last has 6, which 5 does not divide
+        if sizes is WHOLE and accumulation == 5:
+            continue  # a batch of whole pictures has as few as 3 here
+        module = MeanOverTheGlobalBatch()
+        options: dict[str, Any] = {"sizes": sizes, "batch_size": 10 if sizes is not WHOLE else 20}
+        datamodule = make(pictures, last_batch="keep", **options)
+        trainer(1, accumulate_grad_batches=accumulation).fit(module, datamodule=datamodule)
+        found.append(module.gradients)
+    assert sizes is WHOLE or len(found[0]) == 4
+    for others in found[1:]:
+        for one, other in zip(found[0], others, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_last_short_batch_is_kept_by_choice(pictures: Path) -> None:
+    kept = one_pass(make(pictures, last_batch="keep", batch_size=10))
+    assert [len(batch.labels) for batch in kept] == [10, 10, 10, 6]
+    dropped = one_pass(make(pictures, batch_size=10))
+    assert len(dropped) == 3 and all(same(a, b) for a, b in zip(dropped, kept[:3], strict=True))
+
+
+def test_pictures_that_cannot_be_read_are_left_out_by_choice(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(pictures, tmp_path / "p")
+    broken = tmp_path / "p" / "train" / "b" / "01.jpg"
+    broken.write_bytes(broken.read_bytes()[:400])
+    datamodule = make(tmp_path / "p", on_bad="skip", max_bad=0.1)
+    datamodule.setup()
+    assert datamodule.index is not None and datamodule.index.checked
+    assert len(datamodule.index) == 53 and datamodule.index.bad[0].path == "train/b/01.jpg"
+    assert sum(len(batch.labels) for batch in one_pass(make(tmp_path / "p", on_bad="skip", max_bad=0.1))) == 32
+    with pytest.raises(ValueError, match=r"1.85% of the pictures are bad, more than data.max_bad=1.00%"):
+        make(tmp_path / "p", on_bad="skip").setup()
+
+
+def test_a_picture_so_long_that_it_would_be_huge_is_refused(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            Image.new("RGB", (40, 40 + i)).save(tmp_path / name / f"{i}.png")
+    Image.new("RGB", (20000, 2)).save(tmp_path / "b" / "line.png")
+    with pytest.raises(ValueError, match=r"line.png: is 20000×2 px, and 2560000×256 with the shorter side at 256"):
+        make(tmp_path, region=224, resize=256).setup()
 
 
 # The user's mistakes
@@ -520,6 +713,10 @@ def test_refused(pictures: Path) -> None:
         make(pictures, mean=(1, 2))
     with pytest.raises(ValueError, match="std above 0$"):
         make(pictures, std=(1, 1, 0))
+    with pytest.raises(ValueError, match=r"^data.num_workers='threads': use a number of processes, thread, or null$"):
+        make(pictures, num_workers="threads")
+    with pytest.raises(ValueError, match=r"^data.cache='png': use raw, jpeg, auto, or null$"):
+        make(pictures, cache="png")
     datamodule = make(pictures)
     with pytest.raises(RuntimeError, match="^call setup"):
         _ = datamodule.classes

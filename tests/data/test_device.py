@@ -59,11 +59,11 @@ def batched(images: Tensor, chance: Tensor, size: int, mean: list[float], std: l
 
 def test_the_same_size_is_only_normalised() -> None:
     images = pictures(3, 32)
-    out = device_step(images, uniforms(3), 32, mean=IMAGENET_MEAN, std=IMAGENET_STD, flip=0, colour=0)
+    out = device_step(images, uniforms(3), (32, 32), mean=IMAGENET_MEAN, std=IMAGENET_STD, flip=0, colour=0)
     mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
     assert out.dtype == torch.float32
     torch.testing.assert_close(out.double(), (images.double() - mean) / std, rtol=0, atol=1e-6)
-    assert torch.equal(device_step(images, uniforms(3), 32, **PLAIN), images.float())
+    assert torch.equal(device_step(images, uniforms(3), (32, 32), **PLAIN), images.float())
 
 
 @pytest.mark.parametrize(("region", "size"), [(224, 180), (32, 26), (32, 31), (224, 96)])
@@ -71,7 +71,7 @@ def test_resized_as_by_pillow_within_one_grey_level(region: int, size: int) -> N
     images = pictures(2, region)
     expected = torch.stack([with_pillow(image, size) for image in images]).float()
     # Pillow rounds twice, once a direction; in float32 the last bits come on top.
-    for out in (device_step(images, uniforms(2), size, **PLAIN), resize(images.float(), size)):
+    for out in (device_step(images, uniforms(2), (size, size), **PLAIN), resize(images.float(), (size, size))):
         assert out.shape == (2, 3, size, size)
         assert (out - expected).abs().max() <= 1 + 1e-3
         assert (out - expected).mean().abs() < 0.1
@@ -81,7 +81,7 @@ def test_resized_as_by_pillow_within_one_grey_level(region: int, size: int) -> N
 def test_both_routes_agree_within_one_grey_level(size: int) -> None:
     images, chance = pictures(4, 224), torch.rand(4, 8, generator=torch.Generator().manual_seed(0))
     mean, std = [120.0, 110.0, 100.0], [50.0, 60.0, 70.0]
-    one_by_one = device_step(images, chance, size, mean=mean, std=std)
+    one_by_one = device_step(images, chance, (size, size), mean=mean, std=std)
     at_once = batched(images, chance, size, mean, std)
     grey_levels = (one_by_one - at_once) * torch.tensor(std)[:, None, None]
     assert grey_levels.abs().max() <= (1.001 if size < 224 else 0.001)
@@ -91,7 +91,7 @@ def test_mirrored_where_the_uniform_is_below_flip_and_nowhere_else() -> None:
     images, chance = pictures(4, 16), uniforms(4)
     chance[:, FLIP] = torch.tensor([0.0, 0.29, 0.3, 0.99])
     for out in (
-        device_step(images, chance, 16, **{**PLAIN, "flip": 0.3}),
+        device_step(images, chance, (16, 16), **{**PLAIN, "flip": 0.3}),
         at_once(images, chance, 16, **{**PLAIN, "flip": 0.3}),
     ):
         assert torch.equal(out[:2], images[:2].flip(3).float())
@@ -102,8 +102,8 @@ def test_flip_is_a_share() -> None:
     chance = uniforms(4)
     chance[:, FLIP] = torch.tensor([0.0, 0.5, 0.9, 1 - 2**-24])
     images = pictures(4, 16)
-    assert torch.equal(device_step(images, chance, 16, **{**PLAIN, "flip": 1.0}), images.flip(3).float())
-    assert torch.equal(device_step(images, chance, 16, **{**PLAIN, "flip": 0.0}), images.float())
+    assert torch.equal(device_step(images, chance, (16, 16), **{**PLAIN, "flip": 1.0}), images.flip(3).float())
+    assert torch.equal(device_step(images, chance, (16, 16), **{**PLAIN, "flip": 0.0}), images.float())
 
 
 @pytest.mark.parametrize("component", [0, 1, 2])
@@ -147,7 +147,7 @@ def test_each_image_gets_the_shift_of_its_own_uniforms() -> None:
     shifts = colour_shift(chance, 0.1)
     assert shifts[0].ne(shifts[1]).all()
     for out in (
-        device_step(images, chance, 8, **{**PLAIN, "colour": 0.1}),
+        device_step(images, chance, (8, 8), **{**PLAIN, "colour": 0.1}),
         at_once(images, chance, 8, **{**PLAIN, "colour": 0.1}),
     ):
         expected = images + shifts[:, :, None, None]
@@ -156,14 +156,14 @@ def test_each_image_gets_the_shift_of_its_own_uniforms() -> None:
 
 def test_colour_is_in_grey_levels_whatever_the_scale() -> None:
     images, chance = pictures(2, 8), torch.rand(2, 8, generator=torch.Generator().manual_seed(1))
-    out = device_step(images, chance, 8, mean=IMAGENET_MEAN, std=IMAGENET_STD, flip=0, colour=0.1)
+    out = device_step(images, chance, (8, 8), mean=IMAGENET_MEAN, std=IMAGENET_STD, flip=0, colour=0.1)
     plain = normalise(images.float() + colour_shift(chance, 0.1)[:, :, None, None], IMAGENET_MEAN, IMAGENET_STD)
     torch.testing.assert_close(out, plain, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [32, 26])
 def test_the_output_is_channels_last(size: int) -> None:
-    out = device_step(pictures(2, 32), uniforms(2), size, **PLAIN)
+    out = device_step(pictures(2, 32), uniforms(2), (size, size), **PLAIN)
     assert out.is_contiguous(memory_format=torch.channels_last) and not out.is_contiguous()
     assert out.stride() == (3 * size * size, 1, 3 * size, 3)
 
@@ -171,7 +171,7 @@ def test_the_output_is_channels_last(size: int) -> None:
 def test_the_input_stays_as_it_is() -> None:
     images = pictures(2, 32)
     before = images.clone()
-    device_step(images, uniforms(2, 0.1), 26, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    device_step(images, uniforms(2, 0.1), (26, 26), mean=IMAGENET_MEAN, std=IMAGENET_STD)
     assert torch.equal(images, before)
 
 
