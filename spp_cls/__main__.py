@@ -14,7 +14,9 @@ VERBS = {
     "train": "train a net and test it",
     "evaluate": "test one run, or several averaged, by centre crop, ten crops or full images",
     "predict": "class and probability of pictures",
-    "plan": "print what a training run would do and cost, before anything runs",
+    "plan": "print what a training run would do and cost, and what would limit it here",
+    "check": "read every file of a data set, and say what is in it and what is wrong with it",
+    "cache": "keep training pictures decoded and resized, so that no epoch does it again",
 }
 
 HELP = (
@@ -28,6 +30,7 @@ usage: spp VERB [key=value …]
 
 start here
   spp train                                     the built-in pictures, a tiny net, 180 and 224 px in turn
+  spp check PICTURES                            what is in a folder of pictures, and what is wrong with it
   spp train data=folder data.root=PICTURES      your own: PICTURES/<class>/*.jpg, of any sizes
   spp train experiment=table2c_multi_size model=zf5 data=caltech101
   spp evaluate run=runs/shapes-tiny/…  views=ten_crop

@@ -13,7 +13,8 @@ import pytest
 import spp_cls
 
 PACKAGE = Path(spp_cls.__file__).parent
-KNOW_HYDRA = {f"spp_cls.{name}" for name in ("door", "build", "train", "evaluate", "predict", "plan")}
+PROGRAMS = ("train", "evaluate", "predict", "plan", "check", "cache")
+KNOW_HYDRA = {f"spp_cls.{name}" for name in ("door", "build", *PROGRAMS)}
 
 
 def module_name(path: Path) -> str:

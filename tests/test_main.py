@@ -35,7 +35,11 @@ def test_version(spp: Spp) -> None:
 
 def test_an_unknown_verb(spp: Spp) -> None:
     assert spp("trian") == (2, "", "spp: there is no verb 'trian'; did you mean spp train?\n")
-    assert spp("sweep") == (2, "", "spp: there is no verb 'sweep'; verbs: train, evaluate, predict, plan\n")
+    assert spp("sweep") == (
+        2,
+        "",
+        "spp: there is no verb 'sweep'; verbs: train, evaluate, predict, plan, check, cache\n",
+    )
 
 
 def test_help_and_mistakes_load_no_torch(tmp_path: Path) -> None:

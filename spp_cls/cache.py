@@ -1,0 +1,48 @@
+"""`spp cache`: make the cache of training pictures that `spp train` with the same words reads."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from .door import open_door
+
+if TYPE_CHECKING:
+    from .data import MultiSizeDataModule
+
+
+def cache(datamodule: MultiSizeDataModule) -> str:
+    """Make it where it is not there yet, on all cores; says where it lies and what it takes."""
+    from .data.cache import Cache
+
+    pictures = datamodule.pictures
+    if not isinstance(pictures, Cache):
+        return f"no cache: training reads the files in {datamodule.root}"
+    words = f"data.cache={pictures.kind}"
+    if datamodule.cache_folder:
+        words += f" data.cache_folder={datamodule.cache_folder}"
+    size = len(pictures.data) / 1e6
+    return (
+        f"{pictures.kind} cache: {len(pictures.ends):,} pictures, {size:,.1f} MB in {pictures.folder}\nuse it: {words}"
+    )
+
+
+def run(config: DictConfig) -> None:
+    """Everything that `spp cache` does with a config."""
+    from . import build
+
+    build.check_arguments(config)
+    if config.data.cache is None:
+        raise ValueError("data.cache=null: say which cache, data.cache=raw, jpeg or auto")
+    print(cache(build.build_datamodule(config)))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The door: the same settings as `spp train`."""
+    open_door("cache", run, sys.argv[1:] if arguments is None else arguments)
+
+
+if __name__ == "__main__":
+    main()
