@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import os
 import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -11,32 +16,37 @@ from omegaconf import DictConfig
 from .door import open_door
 
 if TYPE_CHECKING:
+    from lightning import Trainer
     from torch import nn
 
-    from .data import MultiSizeDataModule
+    from .classifier import Classifier
+    from .data import MultiSizeDataModule, Plan
+    from .data.plan import Shape
 
 
 def plan(
     net: nn.Module,
     datamodule: MultiSizeDataModule,
-    epochs: int,
+    planned: Mapping[int, Sequence[Shape]],
     ranks: int,
     accumulation: int,
     optimizer: str,
 ) -> str:
-    """The plan for people: data, net, epoch → size → steps, FLOPs and memory at each size."""
-    from .cost import available_memory, cost
-    from .data import Plan
+    """The plan for people: data, net, epoch → size → steps, FLOPs and memory at each size.
+
+    `planned` are the shapes (height, width) in px of each epoch, as `planned_shapes` gives them.
+    """
+    from .cost import available_memory, cost, in_px
+    from .verdict import saved, whole
 
     assert datamodule.index is not None
-    images = len(datamodule.index.rows("train"))
-    batches = Plan(images, datamodule.batch_size, datamodule.seed, 0, ranks, accumulation)
-    sizes = datamodule.planned_sizes(epochs, batches.num_batches)
+    batches = dataclasses.replace(datamodule.plan, rank=0, world_size=ranks, accumulation=accumulation)
     lines = [datamodule.index.describe(), ""]
 
     lines.append(f"{'epochs':>12} {'size px':>16} {'steps':>8}")
-    steps = batches.num_batches
-    runs = [(tuple(s), [e for e, _ in same]) for s, same in groupby(sizes.items(), key=lambda item: tuple(item[1]))]
+    steps, epochs = batches.num_batches, len(planned)
+    each = {epoch: tuple(sorted(shapes, key=_size)) for epoch, shapes in planned.items()}
+    runs = [(shapes, [e for e, _ in same]) for shapes, same in groupby(each.items(), key=lambda item: item[1])]
     shown = runs if len(runs) <= 12 else [*runs[:8], None, *runs[-3:]]
     for entry in shown:
         if entry is None:
@@ -44,50 +54,169 @@ def plan(
             continue
         which, members = entry
         span = str(members[0]) if len(members) == 1 else f"{members[0]}–{members[-1]}"
-        many = ", ".join(map(str, which[:4])) + (" …" if len(which) > 4 else "")
+        many = ", ".join(map(_sides, which)) if len(which) <= 4 else f"{_sides(which[0])} … {_sides(which[-1])}"
         lines.append(f"{span:>12} {many:>16} {steps * len(members):>8}")
     lines.append(f"{'all':>12} {'':>16} {steps * epochs:>8}")
-    lines.append(
-        f"\n{datamodule.batch_size} images a step = {batches.micro_batch_size} at once × {ranks} devices × "
-        f"{accumulation} accumulated; {images - steps * datamodule.batch_size} of {images} left over in each epoch"
-    )
+    left = batches.num_images - sum(batches.counts)
+    lines.append(f"\n{_step(datamodule, batches)}; {left} of {batches.num_images} left over in each epoch")
 
-    every = sorted({size for which in sizes.values() for size in which})
+    images = images_at(datamodule, planned)
+    every = sorted(images, key=_size)
     chosen = every if len(every) <= 8 else [every[0], *every[1 : -1 : -(-len(every) // 6)], every[-1]]
-    costs = [cost(net, size) for size in chosen]
-    lines.append(f"\nnet: {costs[0].parameters:,} parameters")
+    costs = {shape: cost(net, shape) for shape in chosen}
+    lines.append(f"\nnet: {costs[every[0]].parameters:,} parameters")
     lines.append(f"{'size px':>12} {'map':>9} {'GFLOP/image':>12} {'to train':>9} {'memory at once':>15}")
-    for c in costs:
+    for shape, c in costs.items():
         memory = c.training_bytes(batches.micro_batch_size, optimizer) / 1e9
         map_size = f"{c.map_size[0]}×{c.map_size[1]}" if c.map_size[0] else "–"
         forward, training = c.forward_flops / 1e9, c.training_flops / 1e9
-        lines.append(f"{c.size:>12} {map_size:>9} {forward:>12.3f} {training:>9.3f} {memory:>12.2f} GB")
-    per_size = {c.size: c.training_flops for c in costs}
-    if len(per_size) == len(every):
-        total = sum(per_size[s] for which in sizes.values() for s in which[:1]) * steps * datamodule.batch_size
-        alone = max(per_size.values()) * epochs * steps * datamodule.batch_size
-        saved = f", {1 - total / alone:.0%} less than all at {max(every)} px" if total < alone else ""
-        lines.append(f"{total / 1e15:.3f} PFLOP in all{saved}")
+        lines.append(f"{_sides(shape):>12} {map_size:>9} {forward:>12.3f} {training:>9.3f} {memory:>12.2f} GB")
+    flops = {shape: c.training_flops for shape, c in costs.items()}
+    less = saved(images, flops) if batches.cut is None else 0
+    note = f", {less:.0%} less than all at {in_px(every[-1])}" if less > 0 else ""
+    lines.append(f"{whole(images, flops) / 1e15:.3f} PFLOP in all{note}")
     free = available_memory()
     if free:
         lines.append(f"main memory free: {free / 1e9:.1f} GB")
-    if epochs and sizes[epochs - 1][-1] != max(every):
-        lines.append(f"note: the last epoch trains at {sizes[epochs - 1][-1]} px, not at {max(every)}")
+    last = planned[epochs - 1][-1]
+    if batches.cut is None and last != every[-1]:
+        lines.append(f"note: the last epoch trains at {in_px(last)}, not at {_sides(every[-1])}")
     return "\n".join(lines)
+
+
+def _step(datamodule: MultiSizeDataModule, batches: Plan) -> str:
+    """How the images of an optimizer step are dealt out."""
+    at_once = f"{batches.micro_batch_size} at once × {batches.world_size} devices × {batches.accumulation} accumulated"
+    if batches.cut is None:
+        return f"{datamodule.batch_size} images a step = {at_once}"
+    counts = batches.counts
+    return f"{min(counts)} to {max(counts)} whole pictures a step, at most {at_once}"
+
+
+def _size(shape: Shape) -> tuple[int, Shape]:
+    return math.prod(shape), shape
+
+
+def _sides(shape: Shape) -> str:
+    from .cost import in_px
+
+    return in_px(shape).removesuffix(" px")
+
+
+def images_at(datamodule: MultiSizeDataModule, planned: Mapping[int, Sequence[Shape]]) -> dict[Shape, int]:
+    """Shape in px → images that the run sees at it; `planned` are the shapes of each epoch."""
+    batches = datamodule.plan
+    images: Counter[Shape] = Counter()
+    for epoch, shapes in planned.items():
+        if len(shapes) == 1:
+            images[shapes[0]] += sum(batches.counts)
+        elif batches.cut is not None:
+            for (height, width), count in zip(batches.cut.shapes.tolist(), batches.counts, strict=True):
+                images[height, width] += count
+        else:
+            for batch, count in enumerate(batches.counts):
+                images[datamodule.shape_at(epoch, batch)] += count
+    return dict(images)
+
+
+def verdict(
+    classifier: Classifier,
+    datamodule: MultiSizeDataModule,
+    trainer: Trainer,
+    images: Mapping[Shape, int],
+    seconds: float,
+) -> str:
+    """The verdict for people: the rates that were measured, what limits, what to change, and the hours of the run.
+
+    `images` says how many images the run sees at each shape in px; each rate is measured for `seconds`. Raises
+    RuntimeError where nothing can be measured here.
+    """
+    from .cost import cost
+    from .data.cache import is_made
+    from .verdict import duration, measure, sentence, whole
+
+    kind = datamodule.cache_kind
+    if kind and not is_made(datamodule.files, kind, datamodule.cache_folder):
+        raise RuntimeError(f"the {kind} cache is not there yet; make it by spp cache data.cache={kind} …")
+    every = sorted(images, key=_size)
+    chosen: list[Shape | None] = list(every)
+    seen: dict[Shape | None, int] = dict(images.items())
+    if datamodule.plan.cut is not None:  # of too many shapes to measure each
+        chosen, seen = [None], {None: sum(images.values())}
+    elif len(every) > 4:
+        chosen = [every[i * (len(every) - 1) // 3] for i in range(4)]
+    rates = measure(classifier, datamodule, trainer, chosen, seconds)
+    ranks = trainer.world_size
+    one = f", on one of {ranks} devices" if ranks > 1 else ""
+    lines = [
+        f"\nimages/s, {datamodule.plan.micro_batch_size} at once on {trainer.strategy.root_device}{one}",
+        f"{'size px':>12} {'loader':>9} {'net':>9} {'together':>9} {'limits':>9}",
+    ]
+    for r in rates:
+        name = _sides(r.shape) if r.shape else "whole"
+        lines.append(f"{name:>12} {r.loader:>9.1f} {r.net:>9.1f} {r.together:>9.1f} {r.limits:>9}")
+    flops: dict[Shape | None, float] = {
+        shape: float(cost(classifier.net, shape).training_flops) for shape in chosen if shape
+    }
+    lines.append(f"verdict: {sentence(rates, seen, flops, remedies(datamodule, trainer))}")
+    took = whole(seen, {r.shape: 1 / r.together for r in rates}) / ranks
+    lines.append(f"about {duration(took)} of training in all, validation not counted")
+    return "\n".join(lines)
+
+
+def remedies(datamodule: MultiSizeDataModule, trainer: Trainer) -> list[str]:
+    """What would make the loader faster on this machine."""
+    from .cost import available_memory
+    from .data.cache import num_bytes
+
+    found = []
+    fits = 2 * num_bytes(datamodule.files, "raw") <= (available_memory() or 0)
+    if datamodule.cache_kind not in ("raw", "raw" if fits else "jpeg"):
+        found.append(f"data.cache={'raw' if fits else 'jpeg'} (spp cache)")
+    cores = max(1, (os.cpu_count() or 1) // trainer.num_devices)
+    workers = min(8, cores) if datamodule.num_workers is None else datamodule.num_workers
+    if datamodule.cache_kind != "raw" and (isinstance(workers, str) or workers < cores):
+        found.append(f"data.num_workers={cores}")
+    return found or ["more cores or a faster disk"]
 
 
 def run(config: DictConfig) -> None:
     """Everything that `spp plan` does with a config."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     from . import build
 
     build.check_arguments(config)
+    epochs, seconds = config.trainer.max_epochs, config.measure
+    if not isinstance(epochs, int) or epochs < 1:
+        raise ValueError(f"trainer.max_epochs={epochs}: a plan is of a number of epochs, at least 1")
+    if seconds is None or seconds < 0:
+        raise ValueError(f"measure={seconds}: give the seconds of each measurement, or 0 for no verdict")
     datamodule = build.build_datamodule(config)
-    net = build.build_net(config, len(datamodule.classes))
+    identity = build.identity(config, datamodule)
+    classifier = build.build_classifier(config, identity, build.class_weights(config, datamodule))
     devices = config.trainer.devices
     ranks = (devices if isinstance(devices, int) and devices > 0 else 1) * config.trainer.num_nodes
     optimizer = str(config.optimizer._target_).rpartition(".")[2]
-    accumulation = config.trainer.accumulate_grad_batches
-    print(plan(net, datamodule, config.trainer.max_epochs, ranks, accumulation, optimizer))
+    planned = datamodule.planned_shapes(epochs)
+    print(
+        plan(classifier.net, datamodule, planned, ranks, config.trainer.accumulate_grad_batches, optimizer), flush=True
+    )
+    if not seconds:
+        return
+    try:
+        trainer = build.build_trainer(config, None)
+    except (ValueError, MisconfigurationException) as error:  # a plan may be for another machine
+        print(_none(error))
+        return
+    try:
+        print(verdict(classifier, datamodule, trainer, images_at(datamodule, planned), seconds))
+    except RuntimeError as error:
+        print(_none(error))
+
+
+def _none(error: Exception) -> str:
+    return f"no verdict: {' '.join(str(error).split())}"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,15 +1,23 @@
-"""`spp plan`: its numbers by hand, and that nothing is written."""
+"""`spp plan`: its numbers by hand, that its verdict stands on measurements, and that nothing is written."""
 
 from __future__ import annotations
 
+import math
 import re
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import Spp
 
 from spp_cls.cost import cost
+from spp_cls.data import FullImage, MultiSizeDataModule
+from spp_cls.data.layouts import folder
+from spp_cls.data.sizes import single
 from spp_cls.models import sppnet
+from spp_cls.plan import images_at, remedies, verdict
 
 
 def rows(out: str, header: str) -> list[list[str]]:
@@ -26,17 +34,24 @@ def rows(out: str, header: str) -> list[list[str]]:
 
 def test_epochs_sizes_and_steps_by_hand(spp: Spp, small: list[str], tmp_path: Path) -> None:
     # 36 pictures in batches of 8: 4 steps an epoch, 4 pictures left over.
-    answer = spp("plan", *small, "trainer.max_epochs=3")
+    answer = spp("plan", *small, "trainer.max_epochs=3", "measure=0")
     assert answer.code == 0, answer.err
     assert rows(answer.out, "epochs size px") == [["0", "26", "4"], ["1", "32", "4"], ["2", "26", "4"], ["all", "12"]]
     assert "8 images a step = 8 at once × 1 devices × 1 accumulated; 4 of 36 left over in each epoch" in answer.out
+    assert "verdict" not in answer.out and "images/s" not in answer.out
     assert "54 pictures of 3 classes (36 train, 9 val, 9 test)" in answer.out
     assert "note: the last epoch trains at 26 px, not at 32" in answer.out
     assert list(tmp_path.iterdir()) == []
 
 
 def test_epochs_of_one_size_stand_in_one_line(spp: Spp, small: list[str]) -> None:
-    words = ["sizes=single", "trainer.max_epochs=5", "trainer.accumulate_grad_batches=2", "trainer.devices=2"]
+    words = [
+        "sizes=single",
+        "trainer.max_epochs=5",
+        "trainer.accumulate_grad_batches=2",
+        "trainer.devices=2",
+        "measure=0",
+    ]
     answer = spp("plan", *small, *words)
     assert rows(answer.out, "epochs size px") == [["0–4", "32", "20"], ["all", "20"]]
     assert "8 images a step = 2 at once × 2 devices × 2 accumulated; 4 of 36 left over" in answer.out
@@ -44,7 +59,7 @@ def test_epochs_of_one_size_stand_in_one_line(spp: Spp, small: list[str]) -> Non
 
 
 def test_many_epochs_are_shortened_and_the_last_is_shown(spp: Spp, small: list[str]) -> None:
-    answer = spp("plan", *small, "trainer.max_epochs=20")
+    answer = spp("plan", *small, "trainer.max_epochs=20", "measure=0")
     found = rows(answer.out, "epochs size px")
     assert [row[0] for row in found] == [*map(str, range(8)), "…", "17", "18", "19", "all"]
     assert found[-2:] == [["19", "32", "4"], ["all", "80"]]
@@ -52,13 +67,13 @@ def test_many_epochs_are_shortened_and_the_last_is_shown(spp: Spp, small: list[s
 
 
 def test_costs_are_those_of_the_net(spp: Spp, small: list[str]) -> None:
-    answer = spp("plan", *small)
+    answer = spp("plan", *small, "measure=0")
     net = sppnet("tiny", 3, fc=(128,), dropout=0.2, width=0.25)
-    costs = [cost(net, size) for size in (26, 32)]
+    costs = [cost(net, (size, size)) for size in (26, 32)]
     assert f"net: {costs[0].parameters:,} parameters" in answer.out
     found = rows(answer.out, "size px map")
     for row, each in zip(found, costs, strict=True):
-        assert row[:2] == [str(each.size), "×".join(map(str, each.map_size))]
+        assert row[:2] == [str(each.shape[0]), "×".join(map(str, each.map_size))]
         assert float(row[2]) == pytest.approx(each.forward_flops / 1e9, abs=5e-4)
         assert float(row[3]) == pytest.approx(each.training_flops / 1e9, abs=5e-4)
         assert float(row[4]) == pytest.approx(each.training_bytes(8) / 1e9, abs=5e-3)
@@ -71,8 +86,99 @@ def test_it_refuses_what_training_would(spp: Spp, small: list[str], tmp_path: Pa
     for word, line in (
         ("data.batch_size=64", "data.batch_size=64 is more than the 36 training images: use less"),
         ("sizes.sizes=[1,32]", "the net does not take images of 1 px"),
+        ("trainer.max_epochs=0", "trainer.max_epochs=0: a plan is of a number of epochs, at least 1"),
     ):
         answer = spp("plan", *small, word)
         assert (answer.code, answer.err.count("\n")) == (2, 1)
         assert line in answer.err
     assert list(tmp_path.iterdir()) == []
+
+
+def made(pictures: Path, sizes: Any, **more: Any) -> MultiSizeDataModule:
+    datamodule = MultiSizeDataModule(str(pictures), folder, sizes, batch_size=8, region=32, resize=36, **more)
+    datamodule.setup()
+    return datamodule
+
+
+def test_images_at_each_shape_by_hand(pictures: Path) -> None:
+    def by_batch(seed: int, epoch: int, batch: int) -> int:
+        return 26 if epoch == 0 or batch % 2 else 32
+
+    # 36 pictures: 4 batches of 8, and one of 4 where the last is kept.
+    for last, expected in (("drop", {(26, 26): 32 + 16, (32, 32): 16}), ("keep", {(26, 26): 36 + 16, (32, 32): 20})):
+        module = made(pictures, by_batch, last_batch=last)
+        assert images_at(module, module.planned_shapes(2)) == expected
+    whole = made(pictures, FullImage(32, 8))
+    index = whole.index
+    assert index is not None
+    at = images_at(whole, whole.planned_shapes(3))
+    assert sum(at.values()) == 3 * 36
+    assert set(at) == set(whole.planned_shapes(1)[0])
+
+
+# The verdict
+
+
+def test_the_verdict_stands_on_measurements_and_leaves_nothing(spp: Spp, small: list[str], tmp_path: Path) -> None:
+    words = ["sizes.sizes=[20,24,26,28,32]", "trainer.max_epochs=5", "trainer.accumulate_grad_batches=2"]
+    answer = spp("plan", *small, *words, "measure=0.02")
+    assert answer.code == 0, answer.err
+    assert "images/s, 4 at once on cpu\n" in answer.out
+    found = rows(answer.out, "size px loader")
+    assert [row[0] for row in found] == ["20", "24", "26", "32"]  # of five sizes, both ends and two between
+    for _, *rates, limits in found:
+        assert all(math.isfinite(float(rate)) and float(rate) > 0 for rate in rates)
+        assert limits in ("loader", "net", "both")
+    assert len({row[1] for row in found}) == 1  # regions are the same at all sizes
+    assert answer.out.count("verdict: ") == 1
+    assert re.search(r"\nabout \d+ s of training in all", answer.out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_whole_pictures_come_in_batches_of_their_own_shapes(spp: Spp, small: list[str]) -> None:
+    answer = spp("plan", *small, "sizes=full_image", "sizes.multiple=8", "measure=0.02")
+    assert answer.code == 0, answer.err
+    (epochs, *_, steps), last = rows(answer.out, "epochs size px")
+    assert (epochs, last) == ("0–1", ["all", steps])
+    assert re.search(
+        r"whole pictures a step, at most \d+ at once × 1 devices × 1 accumulated; 0 of 36 left", answer.out
+    )
+    sides = [tuple(map(int, row[0].split("×"))) for row in rows(answer.out, "size px map") if "×" in row[0]]
+    assert sides and all(min(side) == 32 and max(side) % 8 == 0 for side in sides)
+    assert "note:" not in answer.out and "less than all at" not in answer.out
+    (row,) = rows(answer.out, "size px loader")
+    assert row[0] == "whole" and all(float(rate) > 0 for rate in row[1:4])
+    assert " on whole pictures; " in answer.out and "planned sizes save" not in answer.out
+
+
+def test_a_plan_for_another_machine_stands_without_a_verdict(
+    spp: Spp, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    answer = spp("plan", *small, "trainer.accelerator=gpu")
+    assert answer.code == 0, answer.err
+    assert len(rows(answer.out, "size px map")) == 2
+    assert answer.out.splitlines()[-1].startswith("no verdict: trainer.accelerator=gpu: no GPU is to be seen here")
+
+
+def test_no_cache_is_made_for_a_verdict(pictures: Path, tmp_path: Path) -> None:
+    module = made(pictures, partial(single, size=32), cache="raw", cache_folder=str(tmp_path / "cache"))
+    nothing: Any = None
+    with pytest.raises(RuntimeError, match=r"^the raw cache is not there yet; make it by spp cache data\.cache=raw"):
+        verdict(nothing, module, nothing, {}, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_remedies_are_those_that_are_left(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def remedies_of(free: int, **more: Any) -> list[str]:
+        monkeypatch.setattr("spp_cls.cost.available_memory", lambda: free)
+        return remedies(made(pictures, partial(single, size=32), **more), SimpleNamespace(num_devices=2))  # type: ignore[arg-type]
+
+    monkeypatch.setattr("os.cpu_count", lambda: 32)
+    raw, jpeg, workers = "data.cache=raw (spp cache)", "data.cache=jpeg (spp cache)", "data.num_workers=16"
+    much, little = 10**9, 10**5  # 36 pictures of 36 × 36 px and more are above 140 kB
+    assert remedies_of(much) == [raw, workers]  # 8 at most by default
+    assert remedies_of(little, num_workers=16) == [jpeg]
+    assert remedies_of(much, num_workers="thread", cache="jpeg") == [raw, workers]
+    assert remedies_of(little, num_workers=15, cache="jpeg") == [workers]
+    assert remedies_of(much, cache="raw") == ["more cores or a faster disk"]
