@@ -40,12 +40,11 @@ def device_step(
 
 def _image_by_image(images: Tensor, shape: Shape, mirrored: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """On a CPU, and in uint8 as long as it goes: the whole batch in float would be bound by memory."""
-    out = torch.empty(len(images), 3, *shape).contiguous(memory_format=torch.channels_last)
+    out = torch.empty(len(images), *shape, 3)  # colours last also for what is broadcast: four times as fast
     for image, mirror, shift, place in zip(images, mirrored.tolist(), offset, out, strict=True):
-        resized = resize(image[None], shape)[0]
-        torch.mul(resized.flip(2) if mirror else resized, scale[:, None, None], out=place)
-        place.add_(shift[:, None, None])
-    return out
+        resized = resize(image[None], shape)[0].permute(1, 2, 0)  # (h, w, 3)
+        torch.addcmul(shift, (resized.flip(1) if mirror else resized).float(), scale, out=place)
+    return out.permute(0, 3, 1, 2)
 
 
 def _at_once(images: Tensor, shape: Shape, mirrored: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
@@ -59,6 +58,8 @@ def resize(images: Tensor, shape: Shape) -> Tensor:
     """(B, 3, H, W) → (B, 3, *shape), bilinear with antialias: within two grey levels of Pillow's."""
     if images.shape[-2:] == shape:
         return images
+    if len(images) == 1:  # or torch would not see that it is channels_last, and turn it round twice
+        images = images[0].permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     return F.interpolate(images, shape, mode="bilinear", antialias=True)
 
 
