@@ -44,9 +44,9 @@ from spp_cls.data.plan import CROP_X, CROP_Y
 from spp_cls.data.sizes import single
 
 BATCH, RESIZE, REGION = 64, 256, 224
-SETS = {"caltech": (300, 75), "photos": (500, 94), "big": (1600, 90)}  # longer side in px, JPEG quality
+# Longer side in px, JPEG quality, noise in grey levels: photos then have about 95 kB, big ones about 350 kB.
+SETS = {"caltech": (300, 75, 10), "photos": (500, 94, 10), "big": (1600, 90, 5)}
 BIG = 128  # pictures of the set of big ones, at most
-NOISE = 10  # grey levels: photos of 500 px then have about 95 kB
 OURS: dict[str, dict[str, Any]] = {
     "folder": {"draft": False},
     "folder_draft": {"draft": True},
@@ -61,7 +61,7 @@ Speeds = dict[str, list[float]]  # variant → images per second of CPU time, by
 def make_pictures(root: Path, name: str, files: list[Path], number: int, seed: int) -> dict[str, Any]:
     """Fill `root/<class>/` with `number` pictures of the set `name`, made of `files` if there are any."""
     rng = np.random.default_rng([seed, list(SETS).index(name)])
-    longer, quality = SETS[name]
+    longer, quality, noise = SETS[name]
     made = []
     for i in range(number):
         path = root / ("even", "odd")[i % 2] / f"{i:05d}.jpg"
@@ -70,7 +70,7 @@ def make_pictures(root: Path, name: str, files: list[Path], number: int, seed: i
             shutil.copyfile(files[i % len(files)], path)
         else:
             image = enlarged(files[i % len(files)], longer) if files else drawn(longer, rng)
-            noisy = np.asarray(image) + rng.normal(0, NOISE, (image.height, image.width, 3))
+            noisy = np.asarray(image) + rng.normal(0, noise, (image.height, image.width, 3))
             Image.fromarray(noisy.round().clip(0, 255).astype(np.uint8)).save(path, quality=quality)
         with Image.open(path) as image:
             made.append((*image.size, path.stat().st_size / 1000))

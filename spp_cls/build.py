@@ -300,6 +300,8 @@ def restore_datamodule(run: Run, classifier: Classifier, root: str | None = None
     config = OmegaConf.create(run.config)
     if root is not None:
         config.data.root = root
+    if "cache" in config.data:
+        config.data.cache = None  # it is for training
     datamodule = build_datamodule(config)
     trained_on = classifier.identity["classes"]
     if list(datamodule.classes) != list(trained_on):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def cache(datamodule: MultiSizeDataModule) -> str:
     """Make it where it is not there yet, on all cores; says where it lies and what it takes."""
-    from .data.cache import Cache
+    from .data.cache import Cache, others
 
     pictures = datamodule.pictures
     if not isinstance(pictures, Cache):
@@ -24,9 +24,11 @@ def cache(datamodule: MultiSizeDataModule) -> str:
     if datamodule.cache_folder:
         words += f" data.cache_folder={datamodule.cache_folder}"
     size = len(pictures.data) / 1e6
-    return (
-        f"{pictures.kind} cache: {len(pictures.ends):,} pictures, {size:,.1f} MB in {pictures.folder}\nuse it: {words}"
-    )
+    lines = [f"{pictures.kind} cache: {len(pictures.ends):,} pictures, {size:,.1f} MB in {pictures.folder}"]
+    lines.append(f"use it: spp train … {words}")
+    for folder, num_bytes in others(datamodule.files, pictures.kind, datamodule.cache_folder):
+        lines.append(f"another of these pictures, {num_bytes / 1e6:,.1f} MB: {folder} (remove it if it is not needed)")
+    return "\n".join(lines)
 
 
 def run(config: DictConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .data import MultiSizeDataModule, device_step
+from .data import FullImage, MultiSizeDataModule, device_step
 
 
 def recalibrate(net: nn.Module, datamodule: MultiSizeDataModule, size: int, num_images: int = 1024) -> None:
@@ -30,7 +30,7 @@ def recalibrate(net: nn.Module, datamodule: MultiSizeDataModule, size: int, num_
             images = device_step(
                 batch.images.to(device),
                 batch.uniforms.to(device),
-                (size, size),
+                batch.shape if isinstance(datamodule.sizes, FullImage) else (size, size),
                 mean=datamodule.mean,
                 std=datamodule.std,
                 flip=0,

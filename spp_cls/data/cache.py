@@ -24,13 +24,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from ..cost import available_memory
-from .index import cache_folder
+from .index import alone, cache_folder
 from .reader import DECODERS
 from .source import Files, Pixels
 
@@ -153,6 +152,15 @@ def open_cache(folder: Path, files: Files, kind: str) -> Cache:
     return cache
 
 
+def others(files: Files, kind: str, parent: Path | str | None) -> list[tuple[Path, int]]:
+    """Other caches of pictures of the same root, and the bytes that each takes: of another time, size or kind."""
+    here, found = where(files, kind, parent), []
+    for manifest in sorted(here.parent.glob("*/manifest.json")):
+        if manifest.parent != here and _manifest(manifest.parent).get("root") == _root(files):
+            found.append((manifest.parent, int(_manifest(manifest.parent).get("bytes", 0))))
+    return found
+
+
 def make_cache(files: Files, kind: str, parent: Path | str | None = None, *, progress: bool = True) -> Cache:
     """The cache of `files`, made on all cores where it is not there yet; one that was interrupted is gone on with.
 
@@ -164,7 +172,7 @@ def make_cache(files: Files, kind: str, parent: Path | str | None = None, *, pro
         return open_cache(folder, files, kind)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
+        with alone(folder.with_suffix(".lock"), f"the cache {folder}"):
             if not _manifest(folder):  # another process has not made it meanwhile
                 _fill(folder, files, kind, progress)
     except OSError as error:
@@ -214,7 +222,7 @@ def _fill(folder: Path, files: Files, kind: str, progress: bool) -> None:
         os.fsync(ends.fileno())
     manifest = {"fingerprint": fingerprint(files, kind), "kind": kind, "pictures": total, "bytes": end}
     beside = folder / "manifest.json.tmp"
-    beside.write_text(json.dumps({**manifest, "root": str(files.index.root)}) + "\n")
+    beside.write_text(json.dumps({**manifest, "root": _root(files)}) + "\n")
     os.replace(beside, folder / "manifest.json")
 
 
@@ -238,6 +246,10 @@ def _manifest(folder: Path) -> dict[str, Any]:
         if isinstance(manifest, dict):
             return manifest
     return {}
+
+
+def _root(files: Files) -> str:
+    return os.path.abspath(files.index.root)
 
 
 def _place(parent: Path | str | None) -> Path:

@@ -64,9 +64,9 @@ def resize(images: Tensor, shape: Shape) -> Tensor:
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(…, 3, H, W) of grey levels → float32, (x − mean) / std."""
+    """(…, 3, H, W) of grey levels → float32, (x − mean) / std, with colours last in memory."""
     scale, offset = _scale_and_offset(mean, std, images.device)
-    return images * scale[:, None, None] + offset[:, None, None]
+    return torch.addcmul(offset, images.movedim(-3, -1).float(), scale).movedim(-1, -3)
 
 
 def colour_shift(uniforms: Tensor, sigma: float) -> Tensor:

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from .. import __version__
 from .facts import Facts, find_facts, read_journal
@@ -172,7 +172,7 @@ def make_index(
     fresh = None if refresh or again else _opened(store, root, layout, whole)
     if fresh is not None:
         return fresh
-    with _alone(store.with_name(f"index_{root_key}.lock")):
+    with alone(store.with_name(f"index_{root_key}.lock"), f"the index of {root}"):
         fresh = None if refresh or again else _opened(store, root, layout, whole)  # another process made it meanwhile
         if fresh is not None:
             return fresh
@@ -440,13 +440,19 @@ def _function(layout: Layout) -> Any:
 
 
 @contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """One process at a time; where the folder cannot be written, each for itself."""
+def alone(lock: Path, what: str) -> Iterator[None]:
+    """One process at a time, which makes `what`; where the folder cannot be written, each for itself."""
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         held = FileLock(lock)
-        held.acquire()
-    except OSError:
+        try:
+            held.acquire(timeout=2)
+        except Timeout:
+            print(f"waiting for another process that makes {what}", file=sys.stderr)
+            held.acquire()
+    except OSError as error:
+        if isinstance(error, Timeout):
+            raise
         yield
         return
     try:

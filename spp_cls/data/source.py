@@ -170,7 +170,8 @@ class ViewsSource:
         except ValueError as error:
             return error
         labels = torch.from_numpy(self.index.labels[rows])
-        return ViewsBatch(torch.stack(views), labels, torch.from_numpy(rows))
+        stack = torch.stack([each.permute(0, 2, 3, 1) for each in views])  # (B, V, h, w, 3): as they lie in memory
+        return ViewsBatch(stack.movedim(-1, -3), labels, torch.from_numpy(rows))
 
     def batches(self, rows: npt.NDArray[np.int64], batch_size: int) -> list[npt.NDArray[np.int64]]:
         """`rows` in batches of at most `batch_size` views, each of one shape, each row once."""

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -671,13 +672,13 @@ def test_the_index_of_another_root_is_another(root: Path, parts: Path, cache: Pa
 def test_two_threads_make_one(
     parts: Path, cache: Path, read: list[str], listed: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone, meet = index_module._alone, threading.Barrier(2)
+    alone, meet = index_module.alone, threading.Barrier(2)
 
-    def together(lock: Path) -> AbstractContextManager[None]:
+    def together(lock: Path, what: str) -> AbstractContextManager[None]:
         meet.wait(30)  # both have found that there is no index
-        return alone(lock)
+        return alone(lock, what)
 
-    monkeypatch.setattr(index_module, "_alone", together)
+    monkeypatch.setattr(index_module, "alone", together)
     digests: list[str] = []
     threads = [threading.Thread(target=lambda: digests.append(make_index(parts, folder).digest)) for _ in range(2)]
     for thread in threads:
@@ -692,11 +693,11 @@ def test_two_threads_make_one(
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_two_processes_make_one(parts: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fork = multiprocessing.get_context("fork")
-    alone, meet = index_module._alone, fork.Barrier(2)
+    alone, meet = index_module.alone, fork.Barrier(2)
 
-    def together(lock: Path) -> AbstractContextManager[None]:
+    def together(lock: Path, what: str) -> AbstractContextManager[None]:
         meet.wait(30)
-        return alone(lock)
+        return alone(lock, what)
 
     def noted(file: str, whole: bool) -> Facts:
         with open(tmp_path / "read", "a") as log:
@@ -707,7 +708,7 @@ def test_two_processes_make_one(parts: Path, tmp_path: Path, cache: Path, monkey
         digest = make_index(parts, folder).digest
         (tmp_path / f"digest_{os.getpid()}").write_text(digest)
 
-    monkeypatch.setattr(index_module, "_alone", together)
+    monkeypatch.setattr(index_module, "alone", together)
     monkeypatch.setattr(facts_module, "look_at", noted)
     processes = [fork.Process(target=make) for _ in range(2)]
     for process in processes:
@@ -915,3 +916,24 @@ def test_many_files_stay_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     paths = [f"{number:03}.png" for number in range(300)]
     listing = Listing(("x",), paths, [0] * 300, ["train"] * 300)
     assert make_index(tmp_path, lambda root: listing).widths.tolist() == list(range(300))
+
+
+def test_who_waits_for_another_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    order: list[str] = []
+
+    def hold() -> None:
+        with index_module.alone(tmp_path / "a.lock", "it"):
+            order.append("first")
+            inside.set()
+            time.sleep(2.5)  # the message comes after two seconds
+            order.append("first leaves")
+
+    inside = threading.Event()
+    thread = threading.Thread(target=hold)
+    thread.start()
+    inside.wait(30)
+    with index_module.alone(tmp_path / "a.lock", "it"):
+        order.append("second")
+    thread.join()
+    assert order == ["first", "first leaves", "second"]
+    assert capsys.readouterr().err == "waiting for another process that makes it\n"
