@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import sys
@@ -50,7 +51,7 @@ def look_at(file: str, whole: bool) -> Facts:
         if whole:
             data = np.fromfile(file, np.uint8)
             facts = facts._replace(sha256=hashlib.sha256(data.data).hexdigest())
-            header = decode(data)[1]
+            header = decode(io.BytesIO(data.data))[1]
         else:
             header = read_header(Path(file))
     except Exception as error:

@@ -6,7 +6,7 @@ the common kinds. Pillow decodes the rest, and large JPEGs at a reduced size whe
 
 from __future__ import annotations
 
-import io
+import os
 import re
 import struct
 import warnings
@@ -78,10 +78,11 @@ def read_rgb(
     `max_pixels` pixels (read in its header, before any decoding).
     """
     try:
-        data = np.fromfile(path, np.uint8)
-        if num_bytes is not None and len(data) != num_bytes:
-            raise ValueError(f"has {len(data)} bytes, and had {num_bytes} when the index was made: start again")
-        return decode(data, max_pixels=max_pixels, draft=draft)[0]
+        with open(path, "rb") as file:
+            length = os.fstat(file.fileno()).st_size
+            if num_bytes is not None and length != num_bytes:
+                raise ValueError(f"has {length} bytes, and had {num_bytes} when the index was made: start again")
+            return decode(file, max_pixels=max_pixels, draft=draft)[0]
     except Exception as error:  # Pillow's plugins raise nearly everything, from OSError to struct.error
         raise ValueError(f"{path}: {reason_of(error)}") from error
 
@@ -96,17 +97,17 @@ def read_header(path: Path, *, max_pixels: int = MAX_PIXELS) -> Header:
 
 
 def decode(
-    data: npt.NDArray[np.uint8], *, max_pixels: int = MAX_PIXELS, draft: tuple[int, int] | None = None
+    file: IO[bytes], *, max_pixels: int = MAX_PIXELS, draft: tuple[int, int] | None = None
 ) -> tuple[Tensor, Header]:
-    """The bytes of a file → the picture (3, h, w) uint8, as `read_rgb` gives it, and its header."""
-    image, orientation = _open(io.BytesIO(data.data), max_pixels)
+    """The picture (3, h, w) uint8 in an open file, as `read_rgb` gives it, and its header."""
+    image, orientation = _open(file, max_pixels)
     header = _header(image, orientation)
-    if header.format == "PNG" and b"IEND" not in data.tobytes():  # decoders are content once they have all pixels
+    if header.format == "PNG" and b"IEND" not in _all(file).tobytes():  # decoders are content with all pixels
         raise ValueError("is cut off before its end")
     smaller = draft is not None and _reduces(image, draft if orientation < 5 else draft[::-1])
     if not smaller and _is_plain(image, orientation):
         try:
-            pixels: Tensor = DECODERS[header.format](torch.from_numpy(data), mode="RGB")
+            pixels: Tensor = DECODERS[header.format](torch.from_numpy(_all(file)), mode="RGB")
             if pixels.shape == (3, header.height, header.width):
                 return pixels, header
         except RuntimeError:  # Pillow may read it yet, or says better what is wrong
@@ -117,6 +118,13 @@ def decode(
         rgb = rgb.transpose(UPRIGHT[orientation])
     buffer = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
     return buffer.view(rgb.height, rgb.width, 3).permute(2, 0, 1), header
+
+
+def _all(file: IO[bytes]) -> npt.NDArray[np.uint8]:
+    data = np.empty(file.seek(0, os.SEEK_END), np.uint8)
+    file.seek(0)
+    file.readinto(data.data)  # type: ignore[attr-defined]
+    return data
 
 
 def _header(image: Image.Image, orientation: int) -> Header:
