@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -78,7 +79,7 @@ class Timing(Callback):
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "timing.jsonl"
-        self.images_per_s = self.waiting = 0.0
+        self.images_per_s = self.waiting = self._step_seconds = 0.0
         self._start_epoch()
 
     def _start_epoch(self) -> None:
@@ -92,7 +93,10 @@ class Timing(Callback):
         self._start_epoch()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._waited += time.perf_counter() - self._batch_ended
+        # The device step, which on a CPU takes its time, is no wait.
+        step = getattr(getattr(trainer, "datamodule", None), "device_step_seconds", 0.0)
+        self._waited += time.perf_counter() - self._batch_ended - (step - self._step_seconds)
+        self._step_seconds = step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -137,12 +141,19 @@ class Progress(TQDMProgressBar):
     def __init__(self, timing: Timing) -> None:
         super().__init__(refresh_rate=10 if sys.stderr.isatty() else 0, leave=False)
         self._timing = timing
-        self._shape, self._loss = (0, 0), torch.tensor(0.0)
+        self._shapes: list[tuple[int, int]] = []  # those of this epoch, in the order that they came
+        self._loss = torch.tensor(0.0)
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        self._shapes.clear()
+        super().on_train_epoch_start(trainer, *_)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._shape = tuple(batch[0].shape[-2:])
+        height, width = batch[0].shape[-2:]
+        if not self._shapes or self._shapes[-1] != (height, width):
+            self._shapes.append((height, width))
         self._loss = (outputs["loss"] if isinstance(outputs, dict) else outputs).detach()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -150,7 +161,7 @@ class Progress(TQDMProgressBar):
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return {
-            "px": in_px(self._shape).removesuffix(" px"),
+            "px": in_px(self._shapes[-1]).removesuffix(" px") if self._shapes else "",
             "loss": f"{float(self._loss):.3f}",  # waits for the device, but only when the bar is drawn anew
             **metrics,
             "images/s": round(self._timing.images_per_s),
@@ -162,7 +173,9 @@ class Progress(TQDMProgressBar):
         if not trainer.is_global_zero:
             return
         values = trainer.callback_metrics
-        parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", in_px(self._shape)]
+        least, most = (which(self._shapes, key=math.prod) for which in (min, max))
+        span = in_px(most) if least == most else f"{in_px(least).removesuffix(' px')} … {in_px(most)}"
+        parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", span]
         if "train/loss" in values:
             parts.append(f"loss {float(values['train/loss']):.3f}")
         if "val/top1_error" in values:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from torch import nn
 from spp_cls.callbacks import MemoryProbe, PlannedSize, Progress, Timing, _one_step, peak_memory
 from spp_cls.classifier import Classifier
 from spp_cls.cost import cost
-from spp_cls.data import MultiSizeDataModule
+from spp_cls.data import FullImage, MultiSizeDataModule
 from spp_cls.data.layouts import folder
 from spp_cls.data.sizes import alternating
 from spp_cls.schedules import constant
@@ -41,7 +42,14 @@ def make_datamodule(pictures: Path) -> MultiSizeDataModule:
     return MultiSizeDataModule(str(pictures), folder, sizes, batch_size=8, region=32, resize=36, num_workers=0)
 
 
-def fit(pictures: Path, callbacks: list[Callback], *, epochs: int = 2, **options: Any) -> Trainer:
+def fit(
+    pictures: Path,
+    callbacks: list[Callback],
+    *,
+    epochs: int = 2,
+    datamodule: MultiSizeDataModule | None = None,
+    **options: Any,
+) -> Trainer:
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=epochs,
@@ -53,7 +61,7 @@ def fit(pictures: Path, callbacks: list[Callback], *, epochs: int = 2, **options
         enable_model_summary=False,
         **options,
     )
-    trainer.fit(make_classifier(), datamodule=make_datamodule(pictures))
+    trainer.fit(make_classifier(), datamodule=datamodule or make_datamodule(pictures))
     return trainer
 
 
@@ -173,14 +181,16 @@ def test_timing_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr("spp_cls.callbacks.time.perf_counter", lambda: clock.now)
     timing = Timing(tmp_path / "run")
-    trainer = fake(world_size=2, is_global_zero=True, current_epoch=0)
+    datamodule = fake(device_step_seconds=0.0)
+    trainer = fake(world_size=2, is_global_zero=True, current_epoch=0, datamodule=datamodule)
     module, batch = fake(device=torch.device("cpu")), (torch.empty(8, 3, 32, 32), torch.empty(8))
     for epoch in range(2):
         trainer.current_epoch = epoch
         clock.now += 50  # what lies between two epochs belongs to none
         began = clock.now
         timing.on_train_epoch_start(trainer, module)
-        for start, end in ((2, 5), (6, 10)):  # seconds 0 – 2 and 5 – 6 are waits
+        for start, end in ((2, 5), (6, 10)):  # seconds 0 – 2 and 5 – 6 are waits, but for half a second of device step
+            datamodule.device_step_seconds += 0.5
             clock.now = began + start
             timing.on_train_batch_start(trainer, module, batch, 0)
             clock.now = began + end
@@ -196,7 +206,7 @@ def test_timing_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
             "train_seconds": 10.0,
             "val_seconds": 3.0,
             "images_per_s": 3.2,
-            "waiting_for_data": 0.3,
+            "waiting_for_data": 0.2,
         }
 
 
@@ -262,6 +272,19 @@ def test_progress_prints_a_line_an_epoch(pictures: Path, tmp_path: Path, capsys:
     parts = lines[1].split("  ")
     assert parts[2] == f"loss {float(trainer.callback_metrics['train/loss']):.3f}"
     assert parts[3] == f"val error {float(trainer.callback_metrics['val/top1_error']):.2f} %"
+
+
+def test_progress_says_from_where_to_where_whole_pictures_go(
+    pictures: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    timing = Timing(tmp_path)
+    sizes = FullImage(32, 8, least=1)
+    datamodule = MultiSizeDataModule(str(pictures), folder, sizes, batch_size=8, region=32, resize=36, num_workers=0)
+    fit(pictures, [timing, Progress(timing)], epochs=1, datamodule=datamodule)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch")]
+    shapes = datamodule.planned_shapes(1)[0]
+    height, width = max(shapes, key=math.prod)
+    assert line.split("  ")[1] == f"32 … {height}×{width} px" and (32, 32) in shapes
 
 
 def test_the_bar_shows_size_loss_speed_and_wait(pictures: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 import os
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
@@ -113,6 +114,7 @@ class MultiSizeDataModule(LightningDataModule):
         self.num_workers, self.seed, self.last_batch = num_workers, seed, last_batch
         self.on_bad, self.max_bad, self.draft = on_bad, max_bad, draft
         self.cache, self.cache_folder = cache, cache_folder
+        self.device_step_seconds = 0.0  # spent in the device step so far
         self.index: Index | None = None
         self._position = {"epoch": 0, "batch": 0}
         self._restored = False  # the next pass over the training loader goes on at the position
@@ -243,6 +245,7 @@ class MultiSizeDataModule(LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """The device step: `images, labels` for training and validation, `views, labels, rows` for testing."""
         if isinstance(batch, TrainBatch):
+            began = time.perf_counter()
             images = device_step(
                 batch.images,
                 batch.uniforms,
@@ -252,6 +255,7 @@ class MultiSizeDataModule(LightningDataModule):
                 flip=self.flip,
                 colour=self.colour,
             )
+            self.device_step_seconds += time.perf_counter() - began
             labelled = Labelled((images, batch.labels))
             labelled.weight = batch.weight
             return labelled
