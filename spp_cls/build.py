@@ -197,6 +197,11 @@ def build_trainer(config: DictConfig, folder: Path | None) -> Trainer:
     elif not callbacks:
         arguments["enable_progress_bar"] = False
     _check_devices(config)
+    if str(config.trainer.get("precision")) in ("16-true", "bf16-true", "64-true", "64"):
+        raise ValueError(
+            f"trainer.precision={config.trainer.precision}: order and chance need float32; use 32-true, 16-mixed or "
+            "bf16-mixed"
+        )
     trainer: Trainer = instantiate(config.trainer, "trainer", **arguments)
     return trainer
 

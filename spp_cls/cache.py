@@ -38,7 +38,11 @@ def run(config: DictConfig) -> None:
     build.check_arguments(config)
     if config.data.cache is None:
         raise ValueError("data.cache=null: say which cache, data.cache=raw, jpeg or auto")
-    print(cache(build.build_datamodule(config)))
+    try:
+        print(cache(build.build_datamodule(config)))
+    except KeyboardInterrupt:
+        print("spp cache: interrupted; the same command goes on where it was", file=sys.stderr)
+        sys.exit(130)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -19,6 +19,7 @@ from .door import fail, open_door, quoted
 
 if TYPE_CHECKING:
     from .data import Index
+    from .data.index import Layout
 
 FIRST = 3  # names that the text gives of a list; JSON has them all
 POINTS = {"smallest": 0, "p1": 1, "p5": 5, "median": 50, "p95": 95, "p99": 99, "largest": 100}  # name → %
@@ -158,6 +159,8 @@ def text(found: dict[str, Any]) -> str:
         passed = found["passed_over"]
         lines.append(_line("passed over", f"{len(passed):,}, by their names no pictures: {_first(passed)}"))
     lines += [_line("note", note) for note in found["notes"]]
+    if "no_data_set" in found:
+        lines.append(_line("no data set", found["no_data_set"]))
     lines.append(_line("bad", f"{_share(len(bad), len(bad) + pictures)} of the files" if bad else "none"))
     lines += [f"  {each['path']}: {each['reason']}" for each in bad]
     return "\n".join(map(_printable, lines)) + "\n"
@@ -242,21 +245,34 @@ def run(config: DictConfig) -> None:
             raise ValueError(f"data.{key} has no value: give one, like data.{key}=…")
     try:
         from . import build
-        from .data import make_index
 
         layout = build.instantiate(config.data.layout, "data.layout")
-        index = make_index(str(config.data.root), layout, whole=True, refresh=True, again=config.again)
+        index, fault = _index(Path(str(config.data.root)), layout, config.again)
     except KeyboardInterrupt:
         print("spp check: interrupted; the same command goes on where it was", file=sys.stderr)
         sys.exit(130)
-    found = report(index, config.data.region, config.data.resize)
+    found = {**report(index, config.data.region, config.data.resize), **({"no_data_set": fault} if fault else {})}
     said = text(found) if config.format == "text" else json.dumps(found, indent=2) + "\n"
     if config.output:
         write_whole(Path(str(config.output)), said)
     else:
         print(said, end="")
-    if index.bad:
+    if index.bad or fault:
         sys.exit(1)
+
+
+def _index(root: Path, layout: Layout, again: bool) -> tuple[Index, str | None]:
+    """The index of all files, and what keeps them from being a data set, if anything does."""
+    from .data import make_index
+    from .data.layouts import unsorted
+
+    try:
+        return make_index(root, layout, whole=True, refresh=True, again=again), None
+    except ValueError as error:
+        try:  # the files can be looked at all the same
+            return make_index(root, unsorted, whole=True, refresh=True, again=again), str(error)
+        except ValueError:
+            raise error from None
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -270,6 +286,8 @@ def main(arguments: list[str] | None = None) -> None:
         is_setting = word.startswith(("+", "~")) or "=" in word
         (settings if is_setting and not os.path.isdir(word) else roots).append(word)
     given = [*roots, *(word for word in settings if word.startswith("data.root="))]
+    if "" in roots:
+        fail("check", "the folder's name is empty: name a folder")
     if len(given) > 1:
         fail("check", f"{' '.join(given)}: one data set at a time; name one folder")
     open_door("check", run, [*settings, *(f"data.root={quoted(root)}" for root in roots), *options])

@@ -151,7 +151,9 @@ class Classifier(LightningModule):
         self.train_errors.update(logits.detach(), labels, losses.detach())
         if self.trainer.is_last_batch:  # here, and not at the end of the epoch, where callbacks would come first
             self._report("train", self.train_errors)
-        return losses.mean() * getattr(batch, "weight", 1.0)  # not 1 where a global batch does not divide
+        # Of a global batch that does not divide, parts are of different size, and each image shall count the same.
+        weight = getattr(getattr(self.trainer, "datamodule", None), "batch_weight", 1.0)
+        return losses.mean() * weight
 
     def configure_optimizers(self) -> Any:
         groups: dict[float, list[nn.Parameter]] = {1.0: []}  # factor on the learning rate → parameters
@@ -191,7 +193,7 @@ class Classifier(LightningModule):
     def on_validation_epoch_end(self) -> None:
         for i, size in enumerate(self.val_sizes):
             values = self._report("val", self._val_errors(i), f"_{size}" if i else "")
-            if i == 0 and not self.trainer.sanity_checking:
+            if i == 0 and self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
                 self.past_errors.append(values["top1_error"])
 
     # Testing: scores averaged over views

@@ -9,9 +9,9 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from .door import open_door
 
@@ -67,7 +67,7 @@ def plan(
     lines.append(f"\nnet: {costs[every[0]].parameters:,} parameters")
     lines.append(f"{'size px':>12} {'map':>9} {'GFLOP/image':>12} {'to train':>9} {'memory at once':>15}")
     for shape, c in costs.items():
-        memory = c.training_bytes(batches.micro_batch_size, optimizer) / 1e9
+        memory = c.training_bytes(batches.images_at_once(shape), optimizer) / 1e9
         map_size = f"{c.map_size[0]}×{c.map_size[1]}" if c.map_size[0] else "–"
         forward, training = c.forward_flops / 1e9, c.training_flops / 1e9
         lines.append(f"{_sides(shape):>12} {map_size:>9} {forward:>12.3f} {training:>9.3f} {memory:>12.2f} GB")
@@ -195,8 +195,7 @@ def run(config: DictConfig) -> None:
     datamodule = build.build_datamodule(config)
     identity = build.identity(config, datamodule)
     classifier = build.build_classifier(config, identity, build.class_weights(config, datamodule))
-    devices = config.trainer.devices
-    ranks = (devices if isinstance(devices, int) and devices > 0 else 1) * config.trainer.num_nodes
+    ranks = _devices(config.trainer.devices, config.trainer.accelerator) * config.trainer.num_nodes
     optimizer = str(config.optimizer._target_).rpartition(".")[2]
     planned = datamodule.planned_shapes(epochs)
     print(
@@ -213,6 +212,17 @@ def run(config: DictConfig) -> None:
         print(verdict(classifier, datamodule, trainer, images_at(datamodule, planned), seconds))
     except RuntimeError as error:
         print(_none(error))
+
+
+def _devices(devices: Any, accelerator: str) -> int:
+    """How many `trainer.devices` asks for; as many GPUs as are here for all of them, and one CPU."""
+    import torch
+
+    if OmegaConf.is_list(devices):
+        return len(devices)
+    if str(devices) in ("-1", "auto"):
+        return max(1, torch.cuda.device_count()) if accelerator in ("auto", "gpu", "cuda") else 1
+    return int(devices)
 
 
 def _none(error: Exception) -> str:

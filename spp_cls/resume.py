@@ -42,6 +42,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise
         finally:
             beside.unlink(missing_ok=True)
+        if os.name == "nt":  # which opens no folders
+            return
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # the rename itself

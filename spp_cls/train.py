@@ -41,7 +41,21 @@ def check(net: nn.Module, datamodule: MultiSizeDataModule, trainer: Trainer) -> 
     from .cost import cost
 
     datamodule.trainer = trainer
-    planned = datamodule.planned_shapes(trainer.max_epochs or 1, datamodule.plan.num_batches)
+    plan, limit = datamodule.plan, trainer.limit_train_batches
+    limited = limit if isinstance(limit, int) else int(limit * len(plan))
+    if limited < len(plan) and limited % plan.accumulation and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"trainer.limit_train_batches={limit} ends inside an optimizer step: it counts micro-batches, "
+            f"{plan.accumulation} a step; give a multiple of that"
+        )
+    assert datamodule.index is not None
+    for split in ("val", "test"):
+        if datamodule.index.counts[split] < trainer.world_size:
+            raise ValueError(
+                f"{datamodule.root}: has {datamodule.index.counts[split]} {split} pictures, fewer than the "
+                f"{trainer.world_size} devices: use fewer devices, or more {split} pictures"
+            )
+    planned = datamodule.planned_shapes(max(1, trainer.max_epochs or 1), plan.num_batches)
     shapes = sorted({shape for in_epoch in planned.values() for shape in in_epoch}, key=math.prod)
     with contextlib.suppress(NotImplementedError):
         for shape in (shapes[0], shapes[-1], *((size, size) for size in datamodule.val_sizes)):

@@ -267,7 +267,7 @@ def _refuse_too_large(classifier: Classifier, datamodule: MultiSizeDataModule, t
         return
     with contextlib.suppress(NotImplementedError):  # a net of the user's own that cannot be measured so
         optimizer = getattr(classifier.optimizer, "func", classifier.optimizer)
-        images = datamodule.plan.micro_batch_size
+        images = datamodule.plan.images_at_once(shape)
         needed = cost(classifier.net, shape).training_bytes(images, getattr(optimizer, "__name__", ""))
         if needed > free:
             advice = _advice(datamodule, trainer, shape)
@@ -276,11 +276,12 @@ def _refuse_too_large(classifier: Classifier, datamodule: MultiSizeDataModule, t
 
 def _advice(datamodule: MultiSizeDataModule, trainer: Trainer, shape: Shape) -> str:
     return (
-        f"{datamodule.plan.micro_batch_size} images of {in_px(shape)} at once do not fit into memory: set "
+        f"{datamodule.plan.images_at_once(shape)} images of {in_px(shape)} at once do not fit into memory: set "
         f"trainer.accumulate_grad_batches={2 * trainer.accumulate_grad_batches} or a smaller data.batch_size"
     )
 
 
 def _largest(datamodule: MultiSizeDataModule, shapes: Sequence[Shape | None]) -> Shape:
     """The largest of `shapes`, of whole pictures the largest that comes."""
-    return max((s for shape in shapes for s in ([shape] if shape else datamodule.planned_shapes(1)[0])), key=math.prod)
+    every = (s for shape in shapes for s in ([shape] if shape else datamodule.planned_shapes(1)[0]))
+    return max(every, key=lambda shape: math.prod(shape) * datamodule.plan.images_at_once(shape))

@@ -33,6 +33,12 @@ def test_version(spp: Spp) -> None:
     assert spp("--version") == spp("version") == (0, f"spp {__version__}\n", "")
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_a_help(spp: Spp, verb: str) -> None:
+    answer = spp(verb, "--help")
+    assert answer.code == 0 and answer.err == "" and f"usage: spp {verb}" in answer.out
+
+
 def test_an_unknown_verb(spp: Spp) -> None:
     assert spp("trian") == (2, "", "spp: there is no verb 'trian'; did you mean spp train?\n")
     assert spp("sweep") == (
@@ -45,7 +51,7 @@ def test_an_unknown_verb(spp: Spp) -> None:
 def test_help_and_mistakes_load_no_torch(tmp_path: Path) -> None:
     code = """
 import sys
-from spp_cls.__main__ import main
+from spp_cls.__main__ import VERBS, main
 def loaded(*words):
     try:
         main(list(words))

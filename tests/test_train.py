@@ -242,6 +242,24 @@ def test_pictures_that_are_not_right_are_named_in_a_line(
 
 
 @pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            ["trainer.limit_train_batches=3", "trainer.accumulate_grad_batches=2"],
+            "trainer.limit_train_batches=3 ends inside an optimizer step: it counts micro-batches, 2 a step",
+        ),
+        (["trainer.precision=bf16-true"], "trainer.precision=bf16-true: order and chance need float32; use 32-true"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_before_anything_is_written(
+    spp: Spp, tmp_path: Path, small: list[str], words: list[str], line: str
+) -> None:
+    answer = spp("train", *small, *words)
+    assert (answer.code, answer.err.count("\n")) == (2, 1), answer.err
+    assert line in answer.err and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
     ("word", "line"),
     [
         ("data.batch_size=64", "data.batch_size=64 is more than the 36 training images"),

@@ -35,8 +35,9 @@ from .source import Files, Pixels
 
 FORMAT = 1  # of the folder: another number makes all caches anew
 QUALITY = 95
-CHUNK = 256  # pictures that are in memory at once while a cache is made
+CHUNK = 64  # pictures that are in memory at once while a cache is made, and lost if it is interrupted
 SAMPLE = 32  # pictures that are encoded to estimate how large a JPEG cache will be
+PROBES = 8  # pictures that are compared with their files when a cache is opened
 SHARE = 0.5  # of the free disk and memory that `auto` takes at most
 
 
@@ -67,8 +68,12 @@ class Cache:
     ends: npt.NDArray[np.int64]
     data: npt.NDArray[np.uint8]
 
+    def bytes(self, position: int) -> npt.NDArray[np.uint8]:
+        """What is kept of a picture."""
+        return self.data[(self.ends[position - 1] if position else 0) : self.ends[position]]
+
     def __getitem__(self, position: int) -> Pixels:
-        data = self.data[(self.ends[position - 1] if position else 0) : self.ends[position]]
+        data = self.bytes(position)
         if self.kind == "jpeg":
             return from_jpeg(data)
         return data.reshape(int(self.shapes[position, 0]), int(self.shapes[position, 1]), 3)
@@ -149,6 +154,13 @@ def open_cache(folder: Path, files: Files, kind: str) -> Cache:
     cache = _open(folder, kind, files.shapes)
     if len(cache.ends) != len(files.shapes) or (len(cache.ends) and len(cache.data) != cache.ends[-1]):
         raise ValueError(f"{folder}: its files are not as long as they were: remove it, and make it anew")
+    # Names, lengths and dates may agree by chance, and another version of a library may decode otherwise.
+    for position in np.linspace(0, len(cache.ends) - 1, PROBES).astype(int).tolist():
+        if KINDS[kind](files[position]) != cache.bytes(position).tobytes():
+            raise ValueError(
+                f"{folder}: holds something else than {files.index.path(int(files.rows[position]))} gives now: "
+                f"remove it, and make it anew by spp cache data.cache={kind} …"
+            )
     return cache
 
 

@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader
 from .cache import KINDS, choose, make_cache
 from .device import device_step, normalise
 from .full_image import Cut, FullImage, cut
-from .index import SPLITS, Index, usable_index
+from .index import ON_BAD, SPLITS, Index, usable_index
 from .layouts import Listing
-from .plan import Plan, Shape, order_of_batches
+from .plan import LAST_BATCHES, Plan, Shape, order_of_batches
 from .reader import MAX_PIXELS
 from .sizes import Sizes, planned
 from .source import PLACES, Files, Pictures, TrainBatch, TrainSource, ViewsBatch, ViewsSource, resized_shapes
@@ -35,12 +35,6 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 READ_AHEAD = 2  # batches that a thread has ready
 
 Batch = TypeVar("Batch", TrainBatch, ViewsBatch)
-
-
-class Labelled(tuple[Tensor, Tensor]):
-    """A training batch `images, labels`; `weight` is what the mean of its losses counts in that of the global batch."""
-
-    weight: float = 1.0
 
 
 class MultiSizeDataModule(LightningDataModule):
@@ -95,14 +89,28 @@ class MultiSizeDataModule(LightningDataModule):
         cache_folder: str | None = None,
     ) -> None:
         super().__init__()
+        for name, value in {"batch_size": batch_size, "region": region, "resize": resize}.items():
+            _check_whole(name, value, 1)
+        for size in val_sizes or ():
+            _check_whole("val_sizes", size, 1)
+        if num_workers is not None and num_workers != "thread":
+            _check_whole("num_workers", num_workers, 0, "a number of processes, thread, or null")
+        if not 0 <= flip <= 1:
+            raise ValueError(f"data.flip={flip}: use a share from 0 to 1")
+        if colour < 0:
+            raise ValueError(f"data.colour={colour}: use 0 or more")
+        if last_batch not in LAST_BATCHES:
+            raise ValueError(f"data.last_batch={last_batch!r}: use one of {', '.join(LAST_BATCHES)}")
+        if on_bad not in ON_BAD or not 0 <= max_bad <= 1:
+            raise ValueError(
+                f"data.on_bad={on_bad!r}, data.max_bad={max_bad}: use stop or skip, and a share from 0 to 1"
+            )
         if region > resize:
             raise ValueError(f"data.region={region} is more than data.resize={resize}: a region is cut from it")
         if place not in PLACES:
             raise ValueError(f"data.place={place!r}: use one of {', '.join(PLACES)}")
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"data.mean={list(mean)}, data.std={list(std)}: give three grey levels each, std above 0")
-        if isinstance(num_workers, str) and num_workers != "thread":
-            raise ValueError(f"data.num_workers={num_workers!r}: use a number of processes, thread, or null")
         if cache not in (None, "auto", *KINDS):
             raise ValueError(f"data.cache={cache!r}: use {', '.join(KINDS)}, auto, or null")
         self.root, self.layout, self.sizes = Path(root), layout, sizes
@@ -115,7 +123,9 @@ class MultiSizeDataModule(LightningDataModule):
         self.on_bad, self.max_bad, self.draft = on_bad, max_bad, draft
         self.cache, self.cache_folder = cache, cache_folder
         self.device_step_seconds = 0.0  # spent in the device step so far
+        self.batch_weight = 1.0  # what the mean loss of the batch that arrived last counts in that of its global batch
         self.index: Index | None = None
+        self._planned: dict[tuple[int, int], dict[int, list[Shape]]] = {}
         self._position = {"epoch": 0, "batch": 0}
         self._restored = False  # the next pass over the training loader goes on at the position
 
@@ -185,21 +195,23 @@ class MultiSizeDataModule(LightningDataModule):
         """Epoch → the heights and widths in px that occur in it, by first occurrence."""
         plan = self.plan
         batches = batches or plan.num_batches
+        if (epochs, batches) in self._planned:
+            return self._planned[epochs, batches]
         if plan.cut is not None:
             turns = {e: order_of_batches(self.seed, e, len(plan.cut))[:batches] for e in range(epochs)}
-            return {e: list(dict.fromkeys(map(tuple, plan.cut.shapes[turn].tolist()))) for e, turn in turns.items()}
-        return {e: list(dict.fromkeys(self.shape_at(e, b) for b in range(batches))) for e in range(epochs)}
+            found = {e: [(h, w) for h, w in plan.cut.shapes[turn].tolist()] for e, turn in turns.items()}
+        else:
+            found = {e: [self.shape_at(e, b) for b in range(batches)] for e in range(epochs)}
+        self._planned[epochs, batches] = {e: list(dict.fromkeys(shapes)) for e, shapes in found.items()}
+        return self._planned[epochs, batches]
 
     def largest(self, epochs: int) -> tuple[int, Shape]:
         """Images that a device computes at once, and their shape, where these are the most px in all."""
         plan = self.plan
-        if plan.cut is None:
-            shapes = {shape for planned in self.planned_shapes(epochs).values() for shape in planned}
-            return plan.micro_batch_size, max(shapes, key=math.prod)
-        at_once = -(-plan.cut.counts // (plan.world_size * plan.accumulation))
-        most = int((at_once * plan.cut.shapes.astype(np.int64).prod(1)).argmax())
-        height, width = plan.cut.shapes[most].tolist()
-        return int(at_once[most]), (height, width)
+        shapes = {shape for planned in self.planned_shapes(epochs).values() for shape in planned}
+        return max(
+            ((plan.images_at_once(shape), shape) for shape in shapes), key=lambda most: most[0] * math.prod(most[1])
+        )
 
     # Loaders
 
@@ -220,7 +232,12 @@ class MultiSizeDataModule(LightningDataModule):
         """The regions of one epoch, from its beginning and before any device step; moves no position."""
         plan = self.plan
         batches = partial(plan.micro_batches, epoch)
-        return Loader(self._train_source, batches, len(plan), self._train_workers(), lambda batch, _: batch)
+        region = (self.region, self.region)  # and a tuple again: DataLoader makes lists of tuples
+
+        def arrived(batch: TrainBatch, asked: Any) -> TrainBatch:
+            return batch._replace(shape=asked.shape or region)
+
+        return Loader(self._train_source, batches, len(plan), self._train_workers(), arrived)
 
     def val_dataloader(self) -> list[Loader[ViewsBatch]]:
         return [self.views_loader(Views("center_crop", size), "val") for size in self.val_sizes]
@@ -256,9 +273,8 @@ class MultiSizeDataModule(LightningDataModule):
                 colour=self.colour,
             )
             self.device_step_seconds += time.perf_counter() - began
-            labelled = Labelled((images, batch.labels))
-            labelled.weight = batch.weight
-            return labelled
+            self.batch_weight = float(batch.weight)
+            return images, batch.labels
         if isinstance(batch, ViewsBatch):
             views = normalise(batch.views, self.mean, self.std)  # (B, V, 3, h, w)
             if self.trainer is not None and (self.trainer.validating or self.trainer.sanity_checking):
@@ -319,6 +335,11 @@ class MultiSizeDataModule(LightningDataModule):
             return self.num_workers
         devices = self.trainer.num_devices if self.trainer else 1
         return min(8, max(1, (os.cpu_count() or 1) // devices))
+
+
+def _check_whole(name: str, value: Any, least: int, use: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"data.{name}={value!r}: use {use or f'a whole number of at least {least}'}")
 
 
 class Loader(Generic[Batch]):

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from stat import S_ISREG
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +47,8 @@ def look_at(file: str, whole: bool) -> Facts:
         stat = os.stat(file)
     except OSError as error:
         return Facts(0, 0, checked=whole, reason=reason_of(error))
+    if not S_ISREG(stat.st_mode):  # to open a pipe would wait for ever
+        return Facts(stat.st_size, stat.st_mtime_ns, checked=whole, reason="is no file, but a pipe or a device")
     facts = Facts(stat.st_size, stat.st_mtime_ns, checked=whole)
     try:
         if whole:
@@ -64,6 +67,7 @@ def find_facts(
     root: Path,
     paths: Sequence[str],
     known: Mapping[str, Facts],
+    fresh: Mapping[str, Facts] | None = None,
     *,
     whole: bool = False,
     again: bool = False,
@@ -74,15 +78,18 @@ def find_facts(
 
     A file is read again only if its length or time of change is not the `known` one, if only its header is known but
     all of it is wanted (`whole`), or if it was bad; or in any case (`again`), and then contents that changed under an
-    unchanged date are called bad. What is found is added to the `journal` line by line, so that a kill loses the last
-    lines at most.
+    unchanged date are called bad. `fresh` are facts of this very search, before it was interrupted. What is found is
+    added to the `journal` line by line, so that a kill loses the last lines at most.
     """
 
     def find(path: str) -> tuple[str, Facts, bool]:
-        file, before = os.path.join(root, path), known.get(path)
+        file, before, done = os.path.join(root, path), known.get(path), (fresh or {}).get(path)
+        if done is not None and _unchanged(file, done):
+            return path, done, False
         if before is not None and not again and _still_holds(file, before, whole):
             return path, before, False
-        now = look_at(file, whole)
+        # What was bad when all of it was read is not good because its header is.
+        now = look_at(file, whole or (before is not None and before.checked and bool(before.reason)))
         if before is not None and before.sha256 and now[:2] == before[:2] and now.sha256 not in ("", before.sha256):
             now = now._replace(sha256=before.sha256, reason=now.reason or ROTTEN)
         return path, now, True
@@ -128,10 +135,11 @@ def read_journal(journal: Path | None) -> dict[str, Facts]:
 
 
 def _still_holds(file: str, before: Facts, whole: bool) -> bool:
-    if whole and (before.reason or not before.checked):
-        return False
-    if before.reason and not before.checked:
-        return False
+    # What was bad is looked at again: a package that reads it may have come.
+    return not before.reason and (before.checked or not whole) and _unchanged(file, before)
+
+
+def _unchanged(file: str, before: Facts) -> bool:
     try:
         stat = os.stat(file)
     except OSError:

@@ -26,12 +26,14 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from .. import __version__
-from .facts import Facts, find_facts, read_journal
+from .facts import ROTTEN, Facts, find_facts, look_at, read_journal
 from .layouts import Listing
+from .reader import Known
 
 SPLITS = ("train", "val", "test")
+ON_BAD = ("stop", "skip")
 STAT_AT_MOST = 100_000  # files that are looked at each time an index is opened; of more, their folders' dates are
+VERSION = 1  # of what is known: raised when reader or layouts find something else, so that it is found anew
 RECENT = 2_000_000_000  # ns: a folder as young as this may change again without another date
 
 Layout = Callable[[Path], Listing]
@@ -108,6 +110,10 @@ class Index:
         """Where the picture of `row` lies."""
         return self.root / self.paths[row]
 
+    def known(self, row: int) -> Known:
+        """What a reader can compare the file of `row` with."""
+        return Known(int(self.num_bytes[row]), int(self.widths[row]), int(self.heights[row]))
+
     def rows(self, split: str) -> npt.NDArray[np.int64]:
         """The positions of a split's pictures, ascending."""
         if split not in SPLITS:
@@ -167,7 +173,7 @@ def make_index(
     goes on where it was. `progress`: on stderr, what was made, and a bar if it takes more than two seconds.
     """
     root = Path(root)
-    root_key = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:16]
+    root_key = hashlib.sha256(b"%d %b" % (VERSION, os.fsencode(os.path.abspath(root)))).hexdigest()[:16]
     store = cache_folder() / f"index_{root_key}_{_layout_key(layout)}.npz"
     fresh = None if refresh or again else _opened(store, root, layout, whole)
     if fresh is not None:
@@ -178,12 +184,14 @@ def make_index(
             return fresh
         began = time.time_ns()
         listing = layout(root)
-        journal = store.with_name(f"index_{root_key}.journal")
-        known = {**_known(store.parent, root_key), **read_journal(journal)}
+        journal = store.with_name(f"index_{root_key}{'.again' if again else ''}.journal")
+        found = read_journal(journal)
+        known = _known(store.parent, root_key) | ({} if again else found)
         facts, read = find_facts(
             root,
             listing.paths,
             known,
+            found if again else None,
             whole=whole or again,
             again=again,
             journal=journal if store.parent.is_dir() else None,
@@ -202,6 +210,8 @@ def make_index(
             "bad": [[path, *fact] for path, fact in bad],
         }
         if not _save(store, index, about):
+            if progress and not index.bad:
+                print(f"{store.parent}: cannot be written; what was found is not kept", file=sys.stderr)
             return index
         with contextlib.suppress(OSError):
             journal.unlink(missing_ok=True)
@@ -215,7 +225,7 @@ def usable_index(root: Path | str, layout: Layout, on_bad: str = "stop", max_bad
     To skip, every file is read whole once, so that all is decided before training; more than the share `max_bad`
     is refused. Raises one `ValueError` that names the first bad file, the reason, and how many more there are.
     """
-    if on_bad not in ("stop", "skip"):
+    if on_bad not in ON_BAD:
         raise ValueError(f"data.on_bad={on_bad!r}: use stop or skip")
     index = make_index(root, layout, whole=on_bad == "skip")
     if not index.bad:
@@ -365,7 +375,7 @@ def _opened(store: Path, root: Path, layout: Layout, whole: bool) -> Index | Non
     if opened is None or (whole and not opened[0].checked):
         return None
     index, about = opened
-    if not about["sources"] or (about["bad"] and not index.checked):
+    if not about["sources"] or _healed(root, about["bad"]):
         return None
     for source in about["sources"]:
         if source[1] > about["listed_at"] - RECENT or _stamp(source[0]) != source:
@@ -381,6 +391,11 @@ def _opened(store: Path, root: Path, layout: Layout, whole: bool) -> Index | Non
         if (stat.st_size, stat.st_mtime_ns) != (num_bytes, mtime):
             return None
     return index
+
+
+def _healed(root: Path, bad: list[list[Any]]) -> bool:
+    """Whether one that was bad can be read by now: it was repaired, or a package that reads it has come."""
+    return any(fact[-1] != ROTTEN and not look_at(os.path.join(root, path), True).reason for path, *fact in bad)
 
 
 def _stamp(source: str) -> list[Any]:
@@ -431,7 +446,7 @@ def _layout_key(layout: Layout) -> str:
         if isinstance(value, (str, Path)):  # a table: of one name in two folders, they are two
             options[key] = os.path.abspath(value)
     name = f"{function.__module__}.{getattr(function, '__qualname__', '')}"
-    text = json.dumps([__version__, name, getattr(layout, "args", ()), options], default=str, sort_keys=True)
+    text = json.dumps([VERSION, name, getattr(layout, "args", ()), options], default=str, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

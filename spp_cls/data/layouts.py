@@ -68,6 +68,24 @@ def folder(root: Path | str, *, val_share: float = 0.1, test_share: float = 0.1,
     return _listing(root, rows, found.passed_over, [*notes, *more], found.sources)
 
 
+def unsorted(root: Path | str) -> Listing:
+    """Lists every picture below `root`, whatever the folders are; for looking, not for training."""
+    root = Path(root)
+    found = _scan(root)
+    if not found.pictures:
+        raise ValueError(f"{root}: no pictures in it; wanted are {' '.join(SUFFIXES)}")
+    number = len(found.pictures)
+    return Listing(
+        ("unsorted",),
+        found.pictures,
+        [0] * number,
+        ["train"] * number,
+        tuple(found.passed_over),
+        (),
+        tuple(found.sources),
+    )
+
+
 def table(
     root: Path | str,
     *,

@@ -108,6 +108,13 @@ class Plan:
         """Images that one rank loads and computes at once, at most."""
         return -(-max(self.counts) // (self.world_size * self.accumulation))
 
+    def images_at_once(self, shape: Shape) -> int:
+        """Images of `shape` that one rank computes at once, at most: of long whole pictures there are fewer."""
+        if self.cut is None:
+            return self.micro_batch_size
+        counts = self.cut.counts[(self.cut.shapes == shape).all(1)]
+        return -(-int(counts.max(initial=0)) // (self.world_size * self.accumulation))
+
     @property
     def counts(self) -> list[int]:
         """Images of each global batch; the order of a cut's batches is another in every epoch."""

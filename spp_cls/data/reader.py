@@ -10,6 +10,7 @@ import os
 import re
 import struct
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -42,6 +43,7 @@ PLUGINS = (
 )
 DECODERS: dict[str, Any] = {"JPEG": decode_jpeg, "PNG": decode_png, "WEBP": decode_webp, "AVIF": decode_avif}
 MAX_PIXELS = 100_000_000
+MAX_ASPECT = 1000  # longer than so many times its width, a picture would be huge with its shorter side resized
 _PILLOW = re.compile(r"PIL\.")  # the modules whose warnings are of no use here
 
 # EXIF tag 274 → what turns the stored picture upright.
@@ -55,6 +57,17 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+# The same for a tensor (3, h, w).
+TURNS: dict[int, Callable[[Tensor], Tensor]] = {
+    2: lambda image: image.flip(2),
+    3: lambda image: image.flip(1, 2),
+    4: lambda image: image.flip(1),
+    5: lambda image: image.transpose(1, 2),
+    6: lambda image: image.transpose(1, 2).flip(2),
+    7: lambda image: image.transpose(1, 2).flip(1, 2),
+    8: lambda image: image.transpose(1, 2).flip(1),
+}
+
 
 class Header(NamedTuple):
     """What the head of a file says: width and height in px, upright; EXIF orientation, 1 to 8; format and mode."""
@@ -66,23 +79,35 @@ class Header(NamedTuple):
     mode: str
 
 
+class Known(NamedTuple):
+    """Of a file: its length in bytes, and width and height in px, upright."""
+
+    num_bytes: int
+    width: int
+    height: int
+
+
 def read_rgb(
-    path: Path, *, max_pixels: int = MAX_PIXELS, draft: tuple[int, int] | None = None, num_bytes: int | None = None
+    path: Path, *, max_pixels: int = MAX_PIXELS, draft: tuple[int, int] | None = None, known: Known | None = None
 ) -> Tensor:
     """The picture at `path`: (3, h, w) uint8, upright (EXIF).
 
     First frame of animations; 16 bits divided by 257; transparency over white. The kind of file is told by its
     content, not by its name. `draft` is a (width, height) in px that is enough: a JPEG may come out at 1/2, 1/4 or 1/8
-    of its size, never below `draft`. `num_bytes` is the length that the file should have. Raises
+    of its size, never below `draft`. `known` is what the index knows of the file. Raises
     `ValueError("<path>: <reason>")` for a file that is no picture, is damaged or cut off, has changed, or has more than
     `max_pixels` pixels (read in its header, before any decoding).
     """
     try:
         with open(path, "rb") as file:
             length = os.fstat(file.fileno()).st_size
-            if num_bytes is not None and length != num_bytes:
-                raise ValueError(f"has {length} bytes, and had {num_bytes} when the index was made: start again")
-            return decode(file, max_pixels=max_pixels, draft=draft)[0]
+            image, header = decode(file, max_pixels=max_pixels, draft=draft)
+            if known is not None and known != (length, header.width, header.height):
+                raise ValueError(
+                    f"has {length} bytes and {header.width}×{header.height} px, and had {known.num_bytes} and "
+                    f"{known.width}×{known.height} when the index was made: start again"
+                )
+            return image
     except Exception as error:  # Pillow's plugins raise nearly everything, from OSError to struct.error
         raise ValueError(f"{path}: {reason_of(error)}") from error
 
@@ -107,7 +132,12 @@ def decode(
     smaller = draft is not None and _reduces(image, draft if orientation < 5 else draft[::-1])
     if not smaller and _is_plain(image, orientation):
         try:
-            pixels: Tensor = DECODERS[header.format](torch.from_numpy(_all(file)), mode="RGB")
+            data = _all(file)
+            if "exif" in image.info and header.format == "JPEG":
+                data = _without_exif(data)  # of several blocks, torchcodec looks for the orientation in the first
+            pixels: Tensor = DECODERS[header.format](torch.from_numpy(data), mode="RGB")
+            if orientation in TURNS:
+                pixels = TURNS[orientation](pixels).permute(1, 2, 0).contiguous().permute(2, 0, 1)
             if pixels.shape == (3, header.height, header.width):
                 return pixels, header
         except RuntimeError:  # Pillow may read it yet, or says better what is wrong
@@ -123,7 +153,15 @@ def decode(
 def _all(file: IO[bytes]) -> npt.NDArray[np.uint8]:
     data = np.empty(file.seek(0, os.SEEK_END), np.uint8)
     file.seek(0)
-    file.readinto(data.data)  # type: ignore[attr-defined]
+    if file.readinto(data.data) != len(data):  # type: ignore[attr-defined]
+        raise ValueError("became shorter while it was read")
+    return data
+
+
+def _without_exif(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """The bytes of a JPEG, in which every block of EXIF (APP1) is called one that nobody reads (APP15)."""
+    for found in re.finditer(rb"\xff\xe1..Exif\0\0", data.tobytes(), re.DOTALL):
+        data[found.start() + 1] = 0xEF
     return data
 
 
@@ -144,7 +182,7 @@ def _is_plain(image: Image.Image, orientation: int) -> bool:
     """Whether torchcodec gives the pixels that Pillow gives: tested for each kind."""
     if image.format not in DECODERS or image.mode not in ("RGB", "L") or image.has_transparency_data:
         return False
-    if image.format == "JPEG":  # which both turn upright alike
+    if image.format == "JPEG":
         return True
     return orientation == 1 and getattr(image, "n_frames", 1) == 1
 
@@ -166,6 +204,8 @@ def _open(file: IO[bytes], max_pixels: int) -> tuple[Image.Image, int]:
     if width * height > max_pixels:
         megapixels = f"{width * height / 1e6:.1f} megapixels, the limit is {max_pixels / 1e6:g}"
         raise ValueError(f"{width}×{height} px are {megapixels}: make it smaller")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"{width}×{height} px are a line, not a picture: crop or remove it")
     return image, _orientation(image, file)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .device import resize
 from .index import Index
 from .plan import CROP_X, CROP_Y, MicroBatch, Shape
-from .reader import read_rgb
+from .reader import Known, read_rgb
 from .views import Views
 
 PLACES = ("anywhere", "five")
@@ -69,12 +69,12 @@ def resized_shapes(
     return shapes
 
 
-def read_resized(path: Path, shape: Shape, *, draft: bool = False, num_bytes: int | None = None) -> Tensor:
+def read_resized(path: Path, shape: Shape, *, draft: bool = False, known: Known | None = None) -> Tensor:
     """The picture at `path` as (3, *shape) uint8, within two grey levels of Pillow's bilinear resizing.
 
     `draft`: a large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, but no smaller than `shape`.
     """
-    return resized(read_rgb(path, draft=(shape[1], shape[0]) if draft else None, num_bytes=num_bytes), shape)
+    return resized(read_rgb(path, draft=(shape[1], shape[0]) if draft else None, known=known), shape)
 
 
 def resized(image: Tensor, shape: Shape) -> Tensor:
@@ -95,9 +95,9 @@ def corners(
     return np.asarray(places, np.int64)
 
 
-def read_views(path: Path, views: Views, resize: int, region: int, num_bytes: int | None = None) -> Tensor:
+def read_views(path: Path, views: Views, resize: int, region: int, known: Known | None = None) -> Tensor:
     """The views (V, 3, h, w) uint8 of the picture at `path`."""
-    image = read_rgb(path, num_bytes=num_bytes)
+    image = read_rgb(path, known=known)
     shape = resized_shape(image.shape[2], image.shape[1], views.shorter_side(resize, region))
     return views(resized(image, shape))
 
@@ -113,8 +113,8 @@ class Files:
 
     def __getitem__(self, position: int) -> Pixels:
         row, (height, width) = int(self.rows[position]), self.shapes[position].tolist()
-        num_bytes = int(self.index.num_bytes[row])
-        image = read_resized(self.index.path(row), (height, width), draft=self.draft, num_bytes=num_bytes)
+        known = self.index.known(row)
+        image = read_resized(self.index.path(row), (height, width), draft=self.draft, known=known)
         return image.permute(1, 2, 0).numpy()
 
 
@@ -162,9 +162,7 @@ class ViewsSource:
     def __getitem__(self, rows: npt.NDArray[np.int64]) -> ViewsBatch | ValueError:
         try:
             views = [
-                read_views(
-                    self.index.path(row), self.views, self.resize, self.region, num_bytes=int(self.index.num_bytes[row])
-                )
+                read_views(self.index.path(row), self.views, self.resize, self.region, self.index.known(row))
                 for row in rows
             ]
         except ValueError as error:

@@ -24,6 +24,7 @@ from lightning import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import Tensor, nn
 
+from spp_cls.classifier import Classifier
 from spp_cls.data import MultiSizeDataModule, Views
 from spp_cls.data.datamodule import read_ahead
 from spp_cls.data.device import device_step
@@ -31,6 +32,8 @@ from spp_cls.data.full_image import FullImage
 from spp_cls.data.layouts import folder
 from spp_cls.data.sizes import Sizes, alternating, single
 from spp_cls.data.source import TrainBatch, ViewsBatch, corners, read_resized, resized_shapes
+from spp_cls.resume import History, read_history
+from spp_cls.schedules import constant
 
 Received = tuple[int, list[int], list[str]]  # size, labels, a fingerprint of each image
 TWO_SIZES = partial(alternating, sizes=[26, 32])
@@ -613,6 +616,23 @@ def test_whole_pictures_go_on_where_a_checkpoint_says(pictures: Path, tmp_path: 
     assert module.received == whole[saver.received_when_saved :]
 
 
+def test_our_classifier_counts_each_image_the_same(pictures: Path, tmp_path: Path) -> None:
+    found = []
+    for accumulation in (1, 5):  # the last batch of 6 images in five parts
+        net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
+        for parameter in net.parameters():
+            nn.init.constant_(parameter, 0.01)
+        module = Classifier(net, partial(torch.optim.SGD, lr=0.1), constant, val_sizes=(32,))
+        datamodule = make(pictures, batch_size=10, last_batch="keep")
+        history = History(tmp_path / str(accumulation))
+        trainer(1, [history], accumulate_grad_batches=accumulation).fit(module, datamodule=datamodule)
+        losses = [row["loss"] for row in read_history(tmp_path / str(accumulation)) if "loss" in row]
+        found.append((losses, [parameter.detach() for parameter in net.parameters()]))
+    assert len(found[0][0]) == 4 and found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
 class MeanOverTheGlobalBatch(LightningModule):
     """One linear layer, and the gradients of each optimizer step."""
 
@@ -625,7 +645,7 @@ class MeanOverTheGlobalBatch(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = batch
         losses = F.cross_entropy(self.layer(images.mean((2, 3))), labels, reduction="none")
-        return losses.mean() * batch.weight
+        return losses.mean() * self.trainer.datamodule.batch_weight  # type: ignore[attr-defined]
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         pass
@@ -682,9 +702,9 @@ def test_a_picture_so_long_that_it_would_be_huge_is_refused(tmp_path: Path) -> N
         (tmp_path / name).mkdir()
         for i in range(3):
             Image.new("RGB", (40, 40 + i)).save(tmp_path / name / f"{i}.png")
-    Image.new("RGB", (20000, 2)).save(tmp_path / "b" / "line.png")
-    with pytest.raises(ValueError, match=r"line.png: is 20000×2 px, and 2560000×256 with the shorter side at 256"):
-        make(tmp_path, region=224, resize=256).setup()
+    Image.new("RGB", (2000, 2)).save(tmp_path / "b" / "long.png")
+    with pytest.raises(ValueError, match=r"long.png: is 2000×2 px, and 512000×512 with the shorter side at 512"):
+        make(tmp_path, region=224, resize=512).setup()
 
 
 # The user's mistakes
@@ -717,6 +737,18 @@ def test_refused(pictures: Path) -> None:
         make(pictures, num_workers="threads")
     with pytest.raises(ValueError, match=r"^data.cache='png': use raw, jpeg, auto, or null$"):
         make(pictures, cache="png")
+    for options, line in (
+        ({"batch_size": 4.5}, r"data.batch_size=4.5: use a whole number of at least 1"),
+        ({"region": 0}, r"data.region=0: use a whole number of at least 1"),
+        ({"val_sizes": [32, 0]}, r"data.val_sizes=0: use a whole number of at least 1"),
+        ({"num_workers": -1}, r"data.num_workers=-1: use a number of processes, thread, or null"),
+        ({"flip": 3.0}, r"data.flip=3.0: use a share from 0 to 1"),
+        ({"colour": -1}, r"data.colour=-1: use 0 or more"),
+        ({"last_batch": "drp"}, r"data.last_batch='drp': use one of drop, keep"),
+        ({"max_bad": -1}, r"data.on_bad='stop', data.max_bad=-1: use stop or skip, and a share from 0 to 1"),
+    ):
+        with pytest.raises(ValueError, match=f"^{line}$"):
+            make(pictures, **options)
     datamodule = make(pictures)
     with pytest.raises(RuntimeError, match="^call setup"):
         _ = datamodule.classes

@@ -138,15 +138,21 @@ def test_whole_reads_what_only_the_header_is_known_of(root: Path, read: list[str
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_a_bad_file_that_was_read_whole_is_read_again_by_whole_only(root: Path, read: list[str], whole: bool) -> None:
+def test_a_bad_file_is_read_again(root: Path, read: list[str], whole: bool) -> None:
     (root / PATHS[3]).write_bytes(b"nothing")
-    for checked, again in ((False, True), (True, whole)):
+    for checked in (False, True):
         known = known_of(root, whole=checked)
         assert [path for path in PATHS if known[path].reason] == [PATHS[3]]
         read.clear()
         find_facts(root, PATHS, known, whole=whole)
-        expected = set(PATHS) if whole and not checked else {PATHS[3]} if again else set()
+        expected = set(PATHS) if whole and not checked else {PATHS[3]}
         assert set(read) == expected
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, whole: bool) -> None:
+    os.mkfifo(tmp_path / "a.jpg")
+    assert look_at(str(tmp_path / "a.jpg"), whole).reason == "is no file, but a pipe or a device"
 
 
 # Contents that change under an unchanged date

@@ -7,8 +7,10 @@ import pickle
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
+import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -801,9 +803,55 @@ def test_a_bad_file_that_is_repaired_is_good(parts: Path, listed: list[Path], wh
     assert [path for path, _ in bad.bad] == [PARTS[2]]
     listed.clear()
     assert make_index(parts, folder, whole=whole).bad == bad.bad
-    assert listed == ([] if whole else [parts])  # by its header alone it is asked each time
+    assert listed == []  # the bad file alone is looked at each time
     (parts / PARTS[2]).write_bytes(good)
     assert make_index(parts, folder).bad == ()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_picture_that_wanted_a_package_is_good_when_that_has_come(
+    parts: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    heic = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf" + bytes(40)
+    (parts / PARTS[2]).write_bytes(heic)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    make_index(parts, folder, whole=whole)
+    assert "needs the package pillow-heif" in make_index(parts, folder).bad[0].reason
+
+    def opened(file: Any, name: str) -> Image.Image:
+        return Image.new("RGB", (20, 10))
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", types.SimpleNamespace(HeifImageFile=opened))
+    index = make_index(parts, folder)
+    assert index.bad == () and index.widths[2] == 20
+
+
+def test_again_goes_on_where_it_was_interrupted(parts: Path, read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    make_index(parts, folder, whole=True)
+    monkeypatch.setattr(facts_module, "CHUNK", 1)
+    counted = facts_module.look_at
+
+    def interrupted(file: str, whole: bool) -> Facts:
+        if len(read) == 4:
+            raise KeyboardInterrupt
+        return counted(file, whole)
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    read.clear()
+    with monkeypatch.context() as interrupting:
+        interrupting.setattr(facts_module, "look_at", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make_index(parts, folder, again=True)
+    assert len(read) == 4
+    make_index(parts, folder, again=True)
+    assert sorted(read) == sorted(make_names(parts))  # each once
+    read.clear()
+    make_index(parts, folder, again=True)
+    assert sorted(read) == sorted(make_names(parts))  # and all of them in the next
+
+
+def make_names(parts: Path) -> list[str]:
+    return [Path(path).name for path in PARTS]
 
 
 def test_what_is_bad_in_the_middle_of_a_file_is_found_by_whole(root: Path) -> None:

@@ -152,6 +152,14 @@ def test_batches_of_whole_pictures_come_in_another_order_and_with_others_in_each
     assert equal(list(plan.micro_batches(1, start=7)), second[7:])
 
 
+def test_images_at_once_are_those_of_the_shape() -> None:
+    plan = Plan(2000, 64, world_size=2, accumulation=2, cut=WHOLE)
+    for shape in {(int(h), int(w)) for h, w in WHOLE.shapes}:
+        most = max(n for n, s in zip(WHOLE.counts.tolist(), WHOLE.shapes.tolist(), strict=True) if tuple(s) == shape)
+        assert plan.images_at_once(shape) == -(-most // 4)
+    assert Plan(100, 24, accumulation=2).images_at_once((224, 224)) == 12
+
+
 def test_order_of_batches_is_that_of_always() -> None:
     assert order_of_batches(7, 3, 12).tolist() == [3, 11, 9, 1, 8, 0, 2, 10, 5, 4, 6, 7]
 

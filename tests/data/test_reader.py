@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageFile
 
 from spp_cls.data import reader
-from spp_cls.data.reader import read_header, read_rgb
+from spp_cls.data.reader import Known, read_header, read_rgb
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 
@@ -273,9 +273,34 @@ def test_what_torchcodec_refuses_is_left_to_pillow(
 def test_a_file_of_another_length_is_refused(tmp_path: Path, photo: Image.Image) -> None:
     photo.save(tmp_path / "a.png")
     length = (tmp_path / "a.png").stat().st_size
-    assert read_rgb(tmp_path / "a.png", num_bytes=length).shape == (3, 32, 48)
-    with pytest.raises(ValueError, match=rf"a\.png: has {length} bytes, and had 7 when the index was made"):
-        read_rgb(tmp_path / "a.png", num_bytes=7)
+    assert read_rgb(tmp_path / "a.png", known=Known(length, 48, 32)).shape == (3, 32, 48)
+    for known, had in ((Known(7, 48, 32), "7 and 48×32"), (Known(length, 32, 48), f"{length} and 32×48")):
+        with pytest.raises(ValueError, match=rf"a\.png: has {length} bytes and 48×32 px, and had {had} when the index"):
+            read_rgb(tmp_path / "a.png", known=known)
+
+
+def test_a_draft_is_compared_with_what_the_header_says(tmp_path: Path) -> None:
+    Image.new("RGB", (800, 400), RED).save(tmp_path / "a.jpg")
+    known = Known((tmp_path / "a.jpg").stat().st_size, 800, 400)
+    assert read_rgb(tmp_path / "a.jpg", draft=(200, 100), known=known).shape == (3, 100, 200)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind", [3, 4])
+def test_orientation_of_a_jpeg_whose_exif_is_not_its_first_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orientation: int, order: str, kind: int
+) -> None:
+    blocks = STORED[orientation].repeat(16, axis=0).repeat(16, axis=1)
+    Image.fromarray(blocks).save(tmp_path / "a.jpg", quality=95, subsampling="4:4:4")
+    data = (tmp_path / "a.jpg").read_bytes()
+    xmp = b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta/>"
+    both = [xmp, b"Exif\0\0" + exif(orientation, order, kind)]
+    apps = b"".join(b"\xff\xe1" + (len(each) + 2).to_bytes(2, "big") + each for each in both)
+    (tmp_path / "a.jpg").write_bytes(data[:2] + apps + data[2:])
+    middles = rgb(tmp_path / "a.jpg")[8::16, 8::16].astype(int)
+    assert middles.shape == (2, 3, 3) and np.abs(middles - UPRIGHT).max() < 16
+    assert (rgb(tmp_path / "a.jpg") == by_pillow_alone(monkeypatch, tmp_path / "a.jpg")).all()
 
 
 # EXIF orientation
@@ -431,6 +456,13 @@ def test_a_huge_header_is_refused_before_any_decoding(tmp_path: Path, monkeypatc
     # up to the limit, and beyond the one of Pillow, which warns above 89 megapixels and refuses above 178
     assert read_header(png(tmp_path / "full.png", (10000, 10000), 8, 2, b""))[:2] == (10000, 10000)
     assert read_header(bomb, max_pixels=900_000_000)[:2] == (30000, 30000)
+
+
+def test_a_line_is_refused(tmp_path: Path) -> None:
+    refused(
+        png(tmp_path / "line.png", (20000, 2), 8, 2, b""), "20000×2 px are a line, not a picture: crop or remove it"
+    )
+    assert read_header(png(tmp_path / "long.png", (2, 2000), 8, 2, b""))[:2] == (2, 2000)
 
 
 def test_the_limit_is_an_argument(tmp_path: Path, photo: Image.Image) -> None:

@@ -132,7 +132,10 @@ def test_a_file_that_changed_since_the_index_was_made_is_named(tmp_path: Path) -
     files = Files(index, rows, resized_shapes(index.widths[rows], index.heights[rows], 36))
     path = index.path(int(rows[0]))
     photo(20, 50).save(path)
-    with pytest.raises(ValueError, match=rf"^{path}: has \d+ bytes, and had \d+ when the index was made: start again$"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^{path}: has \d+ bytes and 20×50 px, and had \d+ and 40×\d+ when the index was made: start again$",
+    ):
         files[0]
 
 
