@@ -93,8 +93,7 @@ def make_store(root: Path, pictures: int) -> Path:
     )
     folders = [root / part / inside for part in ("train", "val") for inside in ("", *wnids)]
     sources = [index_module._stamp(str(folder)) for folder in folders]
-    key = index_module.hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:16]
-    store = index_module.cache_folder() / f"index_{key}_{index_module._layout_key(imagenet)}.npz"
+    store = index_module._store(root, imagenet)
     assert index_module._save(store, index, {"listed_at": time.time_ns(), "sources": sources, "bad": []})
     return store
 

@@ -173,8 +173,7 @@ def make_index(
     goes on where it was. `progress`: on stderr, what was made, and a bar if it takes more than two seconds.
     """
     root = Path(root)
-    root_key = hashlib.sha256(b"%d %b" % (VERSION, os.fsencode(os.path.abspath(root)))).hexdigest()[:16]
-    store = cache_folder() / f"index_{root_key}_{_layout_key(layout)}.npz"
+    root_key, store = _root_key(root), _store(root, layout)
     fresh = None if refresh or again else _opened(store, root, layout, whole)
     if fresh is not None:
         return fresh
@@ -437,6 +436,15 @@ def _facts_of(index: Index) -> Iterator[tuple[str, Facts]]:
         format, mode = kinds[kind]
         digest = sha256.tobytes().hex() if whole else ""
         yield path, Facts._make((*five, format, mode, whole, digest, ""))
+
+
+def _store(root: Path, layout: Layout) -> Path:
+    """The file of an index."""
+    return cache_folder() / f"index_{_root_key(root)}_{_layout_key(layout)}.npz"
+
+
+def _root_key(root: Path) -> str:
+    return hashlib.sha256(b"%d %b" % (VERSION, os.fsencode(os.path.abspath(root)))).hexdigest()[:16]
 
 
 def _layout_key(layout: Layout) -> str:
