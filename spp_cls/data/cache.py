@@ -8,6 +8,7 @@ manifest, written last, with a fingerprint of what is in them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -82,6 +83,7 @@ class Cache:
         return _open, (self.folder, self.kind, self.shapes)  # mapped again, not copied
 
 
+@functools.lru_cache(maxsize=4)  # a second for a million pictures
 def fingerprint(files: Files, kind: str) -> str:
     """SHA-256 over all that decides what a cache of `files` holds: which files, as they are, at which shapes."""
     rows = files.rows

@@ -102,7 +102,7 @@ def read_views(path: Path, views: Views, resize: int, region: int, known: Known 
     return views(resized(image, shape))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Files:
     """The training pictures as they lie on disk: decoded and resized to `shapes` each time they are asked for."""
 
