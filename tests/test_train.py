@@ -241,6 +241,25 @@ def test_pictures_that_are_not_right_are_named_in_a_line(
         assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("sizes", [[], ["sizes=full_image", "sizes.multiple=8"]], ids=["regions", "whole"])
+def test_however_the_pictures_are_read_the_weights_and_the_history_are_the_same_bits(
+    spp: Spp, tmp_path: Path, small: list[str], sizes: list[str]
+) -> None:
+    caches = f"data.cache_folder={tmp_path / 'caches'}"
+    found = set()
+    for name, words in (
+        ("workers", ["data.num_workers=2"]),
+        ("thread", ["data.num_workers=thread"]),
+        ("cache", ["data.num_workers=null", "data.cache=raw", caches]),
+    ):
+        assert spp("train", *small, *sizes, *words, "test=false", f"name={name}").code == 0
+        (run,) = (tmp_path / "runs" / name).iterdir()
+        weights = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        bits = b"".join(value.numpy().tobytes() for value in weights.values())
+        found.add((bits, (run / "history.jsonl").read_bytes()))
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
