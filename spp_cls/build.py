@@ -16,6 +16,7 @@ import torch
 from hydra._internal.utils import _locate
 from hydra.errors import InstantiationException
 from lightning import Callback, Trainer, seed_everything
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
@@ -190,7 +191,11 @@ def build_trainer(config: DictConfig, folder: Path | None) -> Trainer:
     arguments: dict[str, Any] = {
         "logger": loggers or False,
         "callbacks": callbacks,
-        "plugins": [AtomicCheckpointIO()],
+        # Lightning's own answer to a cluster's signals saves from inside a step.
+        "plugins": [
+            AtomicCheckpointIO(),
+            *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []),
+        ],
     }
     if folder is not None:
         arguments["default_root_dir"] = str(folder)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 LAST, BEST = "last.ckpt", "best.ckpt"
+PATIENCE = 20  # seconds; clusters give a job 30 between SIGTERM and SIGKILL
+REQUEUE = getattr(signal, "SIGUSR1", None)  # what SLURM is asked to send before a job's time is over
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -62,12 +69,21 @@ class ResumePoint(Checkpoint):
     """Saves `last.ckpt` where a restart is exact: between two optimizer steps inside an epoch, and at its very end.
 
     Not after the last batch of an epoch: Lightning would skip that epoch's validation on resume.
+
+    SIGTERM and SIGINT (Ctrl-C) are answered at the next such point: it is saved, and the program ends with exit code
+    143 or 130; a second signal ends it at once. SIGUSR1 asks SLURM to queue the job anew besides. In a validation no
+    restart would be exact: if it has not ended `PATIENCE` seconds later, the program ends without a save.
     """
 
     def __init__(self, folder: Path, every_minutes: float = 10.0) -> None:
         self.path = folder / LAST
         self.every_seconds = 60 * every_minutes
         self._saved = time.monotonic()
+        self._step = -1  # of the last save
+        self._asked, self._asked_at = 0, 0.0  # the signal that came, and when
+        self._handlers: dict[int, Any] = {}  # those that were there before
+        signals = filter(None, (signal.SIGTERM, signal.SIGINT, REQUEUE))
+        self._ignored = {number for number in signals if signal.getsignal(number) is signal.SIG_IGN}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A run folder that was moved still knows its best checkpoint, which a worse one would replace else."""
@@ -79,6 +95,11 @@ class ResumePoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved = time.monotonic()
+        if threading.current_thread() is threading.main_thread():  # no other may set a handler
+            for number in filter(None, (signal.SIGTERM, signal.SIGINT, REQUEUE)):
+                # What was ignored stays so, as nohup and a shell's background want it; Lightning has put its own there.
+                answer = signal.SIG_IGN if number in self._ignored else self._answer
+                self._handlers[number] = signal.signal(number, answer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -86,16 +107,77 @@ class ResumePoint(Checkpoint):
         loop = trainer.fit_loop.epoch_loop
         if loop.batch_progress.is_last_batch or loop._should_accumulate():
             return
-        due = time.monotonic() - self._saved >= self.every_seconds
-        if trainer.strategy.broadcast(due) if trainer.world_size > 1 else due:
+        due = trainer.is_global_zero and time.monotonic() - self._saved >= self.every_seconds
+        wanted = _largest(trainer, self._asked or int(due))  # no signal has the number 1
+        if wanted:
             self._save(trainer)
+        if wanted > 1:
+            self._leave(trainer, wanted)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        # Of several ranks each would have to ask the others at each batch.
+        if self._asked and trainer.world_size == 1 and time.monotonic() - self._asked_at > PATIENCE:
+            self._leave(trainer, self._asked)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
+        asked = _largest(trainer, self._asked)
+        if asked:
+            self._leave(trainer, asked)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._hand_back()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._hand_back()
 
     def _save(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self.path)
-        self._saved = time.monotonic()
+        self._saved, self._step = time.monotonic(), trainer.global_step
+
+    def _answer(self, number: int, frame: Any) -> None:
+        """Take note of a signal; called by Python between two lines of anything."""
+        if self._asked:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self._asked, self._asked_at = number, time.monotonic()
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: ends as soon as it can be saved; again to end at once\n".encode())
+
+    def _leave(self, trainer: Trainer, asked: int) -> None:
+        """End the program: what was asked for is saved, or cannot be."""
+        self._hand_back()
+        name, code = signal.Signals(asked).name, 128 + asked
+        if trainer.is_global_zero:
+            saved = f"saved after step {self._step}" if self._step >= 0 else "nothing was saved yet"
+            go_on = f"; go on with spp train ckpt_path={self.path.parent.parent}" if self.path.is_file() else ""
+            print(f"{name} at step {trainer.global_step}: {saved}{go_on}", file=sys.stderr)
+        if asked == REQUEUE and requeue(trainer.is_global_zero):
+            code = 0
+        raise SystemExit(code)
+
+    def _hand_back(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+
+
+def _largest(trainer: Trainer, number: int) -> int:
+    """The largest of what the ranks say, so that all do the same at the same step."""
+    if trainer.world_size == 1:
+        return number
+    return int(trainer.strategy.reduce(torch.tensor(number, device=trainer.strategy.root_device), reduce_op="max"))
+
+
+def requeue(is_global_zero: bool) -> bool:
+    """Ask SLURM to queue this job anew, once; whether there is a job."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job and is_global_zero:
+        if os.environ.get("SLURM_ARRAY_JOB_ID"):
+            job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ.get('SLURM_ARRAY_TASK_ID', '0')}"
+        subprocess.run(["scontrol", "requeue", job], check=False)
+    return bool(job)
 
 
 def _moved(value: Any, there: str, here: str) -> Any:
@@ -181,8 +263,20 @@ class History(Callback):
         losses = trainer.strategy.reduce(torch.stack(self._waiting), reduce_op="mean")
         for row, loss in zip(self._rows, losses.tolist(), strict=True):
             row["loss"] = loss
+            if not math.isfinite(loss):
+                self._refuse(row)
         rows, self._rows, self._waiting = self._rows, [], []
         self._write(trainer, rows)
+
+    def _refuse(self, row: dict[str, Any]) -> None:
+        """End a run that diverged; one that is about to be saved is not, so that the last checkpoint is a good one."""
+        self._rows, self._waiting = [], []
+        last = self.path.parent / "checkpoints" / LAST
+        good = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint was saved before"
+        raise ValueError(
+            f"the loss is {row['loss']} at step {row['step']} (epoch {row['epoch']}, {row['size']} px, learning rate "
+            f"{row['lr']:g}): the run diverged; {good}; use a smaller optimizer.lr or trainer.gradient_clip_val"
+        )
 
     def _write(self, trainer: Trainer, rows: list[dict[str, Any]]) -> None:
         if trainer.is_global_zero:

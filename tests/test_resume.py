@@ -3,7 +3,10 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import os
 import shutil
+import signal
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -288,7 +291,7 @@ class Kill(Callback):
 def run(
     pictures: Path,
     out: Path,
-    kill: Kill | None = None,
+    kill: Callback | None = None,
     num_workers: int = 0,
     every_minutes: float = 0,
 ) -> dict[str, Tensor]:
@@ -354,6 +357,135 @@ def test_killed_again_and_again(pictures: Path, tmp_path: Path, uninterrupted: t
     assert history == uninterrupted[1]
     steps = [row["step"] for row in map(json.loads, history.splitlines()) if "loss" in row]
     assert steps == list(range(1, 13))
+
+
+class Signal(Callback):
+    """Sends itself the signal `number` in the middle of step `step` + 1, or at the first hook `at` after it."""
+
+    def __init__(self, number: int, step: int, at: str = "on_before_backward") -> None:
+        def hook(trainer: Trainer, *_: Any, **__: Any) -> None:
+            if trainer.global_step == step and not self.sent:
+                self.sent = True
+                os.kill(os.getpid(), number)
+
+        self.sent = False
+        setattr(self, at, hook)
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Ctrl-C is not ignored, as in a shell's background it is; and all is as before when a test ends."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    ours = [signal.getsignal(number) for number in numbers]
+    yield
+    assert [signal.getsignal(number) for number in numbers] == ours
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)],
+    ids=["TERM", "INT", "USR1"],
+)
+@pytest.mark.parametrize(
+    ("step", "at", "saved"),
+    [
+        (2, "on_before_backward", 3),  # saved at the end of this step
+        (3, "on_before_backward", 4),  # the epoch's last: saved when the epoch ends, and with it its validation
+        (4, "on_train_epoch_start", 5),
+        (4, "on_validation_batch_start", 2),  # no restart would be exact: what was saved before is left
+    ],
+)
+def test_a_signal_is_answered_at_the_next_exact_point(
+    pictures: Path,
+    tmp_path: Path,
+    uninterrupted: tuple[dict[str, Tensor], bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    code: int,
+    step: int,
+    at: str,
+    saved: int,
+) -> None:
+    if at == "on_validation_batch_start":
+        monkeypatch.setattr("spp_cls.resume.PATIENCE", 0)
+        with pytest.raises(Killed):
+            run(pictures, tmp_path, Kill(2))  # leaves what was saved after step 2
+    with pytest.raises(SystemExit) as ended:
+        run(pictures, tmp_path, Signal(number, step, at), every_minutes=60)
+    assert ended.value.code == code
+    assert torch.load(tmp_path / LAST, weights_only=True)["global_step"] == saved
+    name = signal.Signals(number).name
+    assert f"{name} at step {max(saved, step)}: " in capsys.readouterr().err
+    assert_same(run(pictures, tmp_path, num_workers=2), uninterrupted[0])
+    assert (tmp_path / "history.jsonl").read_bytes() == uninterrupted[1]
+
+
+@pytest.mark.usefixtures("handlers")
+def test_slurm_is_asked_to_queue_the_job_anew(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr("spp_cls.resume.subprocess.run", lambda command, check: asked.append(command))
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    with pytest.raises(SystemExit) as ended:
+        run(pictures, tmp_path / "one", Signal(signal.SIGUSR1, 2))
+    assert (ended.value.code, asked) == (0, [["scontrol", "requeue", "17"]])
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "16")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    with pytest.raises(SystemExit):
+        run(pictures, tmp_path / "two", Signal(signal.SIGUSR1, 2))
+    assert asked[1:] == [["scontrol", "requeue", "16_3"]]
+    with pytest.raises(SystemExit) as ended:
+        run(pictures, tmp_path / "three", Signal(signal.SIGTERM, 2))
+    assert ended.value.code == 143 and len(asked) == 2
+
+
+def test_a_second_signal_ends_the_program_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[int, Any]] = []
+    monkeypatch.setattr("spp_cls.resume.os.kill", lambda pid, number: sent.append((pid, number)))
+    monkeypatch.setattr("spp_cls.resume.signal.signal", lambda number, handler: sent.append((number, handler)))
+    point = ResumePoint(tmp_path)
+    point._answer(signal.SIGTERM, None)
+    assert sent == []
+    point._answer(signal.SIGTERM, None)
+    assert sent == [(signal.SIGTERM, signal.SIG_DFL), (os.getpid(), signal.SIGTERM)]
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_signal_that_is_ignored_stays_so(pictures: Path, tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        run(pictures, tmp_path, Signal(signal.SIGTERM, 2))
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("every_minutes", [0, 60])
+def test_a_run_that_diverges_ends_with_its_last_good_checkpoint(
+    pictures: Path, tmp_path: Path, every_minutes: float
+) -> None:
+    class Poison(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 5:
+                for parameter in trainer.lightning_module.parameters():
+                    assert parameter.grad is not None
+                    parameter.grad.fill_(float("inf"))
+
+    folder = tmp_path / "checkpoints"
+    callbacks = [Poison(), History(tmp_path), ResumePoint(folder, every_minutes)]
+    with pytest.raises(ValueError) as caught:
+        make_trainer(callbacks, epochs=3).fit(make_classifier(), datamodule=make_datamodule(pictures))
+    # The weights are infinite after step 6, the loss is nan in step 7; epochs 0 and 2 are of 26 px.
+    message = str(caught.value)
+    assert message.startswith("the loss is nan at step 7 (epoch 1, 32 px, learning rate 0.05): the run diverged; ")
+    assert f"the last good checkpoint is {folder / LAST}; " in message
+    steps = [row["step"] for row in read_history(tmp_path) if "loss" in row]
+    assert steps == list(range(1, max(steps) + 1)) and max(steps) <= 6
 
 
 def test_a_finished_run_that_is_resumed_stays_as_it_is(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import queue
+import signal
 import threading
 import time
 from collections import deque
@@ -369,6 +370,7 @@ class Loader(Generic[Batch]):
             num_workers=processes,
             persistent_workers=processes > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=leave_signals_to_the_parent if processes else None,
         )
         self._in_thread = num_workers == "thread"
 
@@ -399,6 +401,13 @@ class Loader(Generic[Batch]):
     @_iterator.setter
     def _iterator(self, iterator: Any) -> None:
         self._loader._iterator = iterator
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """In a worker: Ctrl-C and what a cluster sends go to the whole group, and the program wants its next batch yet."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def read_ahead(batches: Iterable[Any], depth: int = READ_AHEAD) -> Iterator[Any]:
