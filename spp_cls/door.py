@@ -57,7 +57,7 @@ HINTS = {
     "extras.enforce_tags": "tags",
     "img_size": "data.region",
     "ckpt": "ckpt_path",
-    "resume": "ckpt_path",
+    "resume_from": "ckpt_path",
     "levels": "model.levels",
     "size": "sizes",
 }
@@ -198,9 +198,19 @@ def _own_conf(arguments: list[str]) -> list[str]:
 
 
 def _go_on(arguments: list[str]) -> list[str]:
-    """`ckpt_path=` of a run folder, or last: that run's own overrides come first, and its folder is written on."""
+    """`ckpt_path=` of a run folder, or last: that run's own overrides come first, and its folder is written on.
+
+    `resume=auto` is that of the newest unfinished run of the same settings, and nothing where there is none.
+    """
     given = [argument for argument in arguments if argument.startswith("ckpt_path=")]
     value = given[-1].partition("=")[2].strip("\"'") if given else ""
+    if "resume=auto" in arguments:
+        if value not in ("", "null"):
+            raise ValueError(f"resume=auto with ckpt_path={value}: give one of them")
+        unfinished = _unfinished(_task_settings(arguments))
+        if unfinished is None:
+            return arguments
+        value, arguments = str(unfinished), []
     if value in ("", "null"):
         return arguments
     if value == "best":
@@ -219,6 +229,23 @@ def _go_on(arguments: list[str]) -> list[str]:
     checkpoint = value if Path(value).is_file() else folder / "checkpoints" / "last.ckpt"
     before = [str(override) for override in kept if not str(override).startswith("ckpt_path=")]
     return [*before, *own, f"ckpt_path={quoted(checkpoint)}", f"hydra.run.dir={quoted(folder)}"]
+
+
+def _unfinished(settings: list[str]) -> Path | None:
+    """The run begun last of those that were started with `settings`, can be gone on with, and have not ended."""
+    folders = {path.parent.parent for path in Path("runs").glob("**/checkpoints/last.ckpt")}
+    for folder in sorted(folders, key=lambda folder: folder.name, reverse=True):
+        overrides = folder / ".hydra" / "overrides.yaml"
+        if (folder / "results.json").is_file() or not overrides.is_file():
+            continue
+        if _task_settings(map(str, OmegaConf.load(overrides))) == settings:
+            return folder
+    return None
+
+
+def _task_settings(words: Iterable[str]) -> list[str]:
+    """Of the words of a command line those that say what is trained."""
+    return [word for word in words if not word.startswith(("-", "hydra.", "resume=", "ckpt_path="))]
 
 
 def quoted(path: str | Path) -> str:

@@ -4,6 +4,7 @@ config.yaml       the whole config, resolved        history.jsonl   a line a ste
 environment.json  command, commit, versions, hashes  timing.jsonl    where the time went
 results.json      errors at the end                  checkpoints/    last.ckpt, best.ckpt
 tensorboard/      if that logger is on               evaluations/    what `spp evaluate` wrote
+events.jsonl      when it was resumed, and how
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,13 @@ def write_json(path: Path, value: Any) -> None:
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     beside.write_text(json.dumps(value, indent=2, default=str) + "\n")
     os.replace(beside, path)
+
+
+def note_event(folder: Path, event: str, **facts: Any) -> None:
+    """Add a line to `events.jsonl`: what happened to a run from outside, and when (UTC)."""
+    line = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "event": event, **facts}
+    with (folder / "events.jsonl").open("a") as file:
+        file.write(json.dumps(line, default=str) + "\n")
 
 
 def digest(text: str) -> str:

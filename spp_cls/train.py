@@ -29,11 +29,22 @@ def train(
 ) -> dict[str, float]:
     """Fit, then test with the last weights; the errors and losses at the end by name (`val/top1_error` …)."""
     trainer.fit(classifier, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+    if ckpt_path is not None:
+        _take_saved_weights(classifier, trainer, ckpt_path)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if test and not trainer.interrupted:
         trainer.test(classifier, datamodule=datamodule, verbose=False)
         metrics.update({name: float(value) for name, value in trainer.callback_metrics.items()})
     return metrics
+
+
+def _take_saved_weights(classifier: LightningModule, trainer: Trainer, ckpt_path: str | Path) -> None:
+    """Where nothing was left to train, the weights of the checkpoint: Lightning leaves those that were not averaged."""
+    import torch
+
+    state = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    if state["global_step"] == trainer.global_step:
+        classifier.load_state_dict(state["state_dict"])
 
 
 def check(net: nn.Module, datamodule: MultiSizeDataModule, trainer: Trainer) -> None:
@@ -65,7 +76,7 @@ def check(net: nn.Module, datamodule: MultiSizeDataModule, trainer: Trainer) -> 
 def run(config: DictConfig) -> float | None:
     """Everything that `spp train` does with a config; gives `optimized_metric` for sweepers."""
     from . import build
-    from .run import environment, find_checkpoint, write_json
+    from .run import environment, find_checkpoint, note_event, write_json
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     several_ranks = config.trainer.devices not in (1, "1") or config.trainer.num_nodes != 1
@@ -75,6 +86,8 @@ def run(config: DictConfig) -> float | None:
             "start each of its runs by a command of its own"
         )
     build.check_arguments(config)
+    if config.resume not in (None, "auto"):
+        raise ValueError(f"resume={config.resume}: use auto or null; a run by its folder is ckpt_path=RUN")
     datamodule = build.build_datamodule(config)
     identity = build.identity(config, datamodule)
     ckpt_path = find_checkpoint(config.ckpt_path) if config.ckpt_path else None
@@ -95,6 +108,8 @@ def run(config: DictConfig) -> float | None:
         left_out = {bad.path: bad.reason for bad in datamodule.index.bad}
         about = {**environment(resolved, datamodule.index.digest), "left_out": left_out}
         write_json(folder / "environment.json", about)
+        if ckpt_path:
+            note_event(folder, "resumed", checkpoint=ckpt_path, command=sys.argv)
         parameters = sum(p.numel() for p in classifier.net.parameters())
         print(f"{datamodule.index.describe()}\nnet: {parameters:,} parameters\nrun: {folder}", file=sys.stderr)
 

@@ -287,6 +287,35 @@ def copied(trained: Path, tmp_path: Path) -> Path:
     return run
 
 
+def test_resume_auto_goes_on_with_the_newest_unfinished_run_of_the_same_settings(
+    spp: Spp, tmp_path: Path, small: list[str]
+) -> None:
+    def runs() -> list[Path]:
+        return sorted((tmp_path / "runs" / "folder-tiny").iterdir())
+
+    words = [*small, "test=false", "resume=auto"]
+    assert spp("train", *words).code == 0  # nothing to go on with
+    (first,) = runs()
+    whole = (first / "history.jsonl").read_bytes()
+    assert spp("train", *words).code == 0  # that one has ended
+    assert len(runs()) == 2
+    second = runs()[1]
+    (second / "results.json").unlink()
+    with (second / "history.jsonl").open("a") as history:
+        history.write("what was written after the last checkpoint")
+    assert spp("train", *words, "seed=1").code == 0  # other settings
+    assert len(runs()) == 3
+    assert spp("train", *words).code == 0
+    assert len(runs()) == 3 and (second / "results.json").is_file()
+    assert (second / "history.jsonl").read_bytes() == whole
+    (event,) = [json.loads(line) for line in (second / "events.jsonl").read_text().splitlines()]
+    assert event["event"] == "resumed" and event["checkpoint"].endswith("last.ckpt")
+    assert spp("train", *words, f"ckpt_path={second}").err == (
+        f"spp train: resume=auto with ckpt_path={second}: give one of them\n"
+    )
+    assert "resume=yes: use auto or null" in spp("train", *small, "resume=yes").err
+
+
 def test_a_run_folder_as_ckpt_path_goes_on_in_it_with_its_own_settings(spp: Spp, copied: Path) -> None:
     before = (copied / "history.jsonl").read_bytes()
     answer = spp("train", f"ckpt_path={copied}", "trainer.max_epochs=4")
