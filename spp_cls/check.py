@@ -16,6 +16,7 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
 from .door import fail, open_door, quoted
+from .run import write_whole
 
 if TYPE_CHECKING:
     from .data import Index
@@ -220,20 +221,6 @@ def _printable(line: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write `text` whole or not at all."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(f"output={path}: {error.strerror}; name a file that can be written") from error
-
-
 def run(config: DictConfig) -> None:
     """Everything that `spp check` does with a config; exit code 1 if there is a bad file."""
     if config.format not in ("text", "json"):
@@ -254,7 +241,10 @@ def run(config: DictConfig) -> None:
     found = {**report(index, config.data.region, config.data.resize), **({"no_data_set": fault} if fault else {})}
     said = text(found) if config.format == "text" else json.dumps(found, indent=2) + "\n"
     if config.output:
-        write_whole(Path(str(config.output)), said)
+        try:
+            write_whole(Path(str(config.output)), said)
+        except OSError as error:
+            raise ValueError(f"output={config.output}: {error.strerror}; name a file that can be written") from error
     else:
         print(said, end="")
     if index.bad or fault:
