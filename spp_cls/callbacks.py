@@ -14,7 +14,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from tqdm import tqdm
 
-from .cost import available_memory, cost, in_px
+from .cost import available_memory, cost, in_px, too_large
 
 
 class PlannedSize(Callback):
@@ -41,10 +41,7 @@ class MemoryProbe(Callback):
         if net is None or trainer.max_epochs is None or trainer.max_epochs < 1:
             return
         images, shape = datamodule.largest(trainer.max_epochs)
-        advice = (
-            f"{images} images of {in_px(shape)} at once do not fit into memory: set "
-            f"trainer.accumulate_grad_batches={2 * trainer.accumulate_grad_batches} or a smaller data.batch_size"
-        )
+        advice = too_large(images, shape, trainer.accumulate_grad_batches)
         if pl_module.device.type == "cuda":
             try:
                 _one_step(trainer, pl_module, images, shape)

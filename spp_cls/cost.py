@@ -87,6 +87,14 @@ def in_px(shape: tuple[int, int]) -> str:
     return f"{height} px" if height == width else f"{height}×{width} px"
 
 
+def too_large(images: int, shape: tuple[int, int], accumulation: int) -> str:
+    """What to say, and what to change, where `images` of `shape` at once do not fit into memory."""
+    return (
+        f"{images} images of {in_px(shape)} at once do not fit into memory: set "
+        f"trainer.accumulate_grad_batches={2 * accumulation} or a smaller data.batch_size"
+    )
+
+
 def available_memory() -> int | None:
     """Bytes of main memory that can be had now; None where the system does not say."""
     try:

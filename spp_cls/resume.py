@@ -20,9 +20,12 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from .run import CHECKPOINTS
+
 LAST, BEST = "last.ckpt", "best.ckpt"
 PATIENCE = 20  # seconds; clusters give a job 30 between SIGTERM and SIGKILL
 REQUEUE = getattr(signal, "SIGUSR1", None)  # what SLURM is asked to send before a job's time is over
+SIGNALS = tuple(filter(None, (signal.SIGTERM, signal.SIGINT, REQUEUE)))
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -82,8 +85,7 @@ class ResumePoint(Checkpoint):
         self._step = -1  # of the last save
         self._asked, self._asked_at = 0, 0.0  # the signal that came, and when
         self._handlers: dict[int, Any] = {}  # those that were there before
-        signals = filter(None, (signal.SIGTERM, signal.SIGINT, REQUEUE))
-        self._ignored = {number for number in signals if signal.getsignal(number) is signal.SIG_IGN}
+        self._ignored = {number for number in SIGNALS if signal.getsignal(number) is signal.SIG_IGN}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A run folder that was moved still knows its best checkpoint, which a worse one would replace else."""
@@ -96,7 +98,7 @@ class ResumePoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved = time.monotonic()
         if threading.current_thread() is threading.main_thread():  # no other may set a handler
-            for number in filter(None, (signal.SIGTERM, signal.SIGINT, REQUEUE)):
+            for number in SIGNALS:
                 # What was ignored stays so, as nohup and a shell's background want it; Lightning has put its own there.
                 answer = signal.SIG_IGN if number in self._ignored else self._answer
                 self._handlers[number] = signal.signal(number, answer)
@@ -271,7 +273,7 @@ class History(Callback):
     def _refuse(self, row: dict[str, Any]) -> None:
         """End a run that diverged; one that is about to be saved is not, so that the last checkpoint is a good one."""
         self._rows, self._waiting = [], []
-        last = self.path.parent / "checkpoints" / LAST
+        last = self.path.parent / CHECKPOINTS / LAST
         good = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint was saved before"
         raise ValueError(
             f"the loss is {row['loss']} at step {row['step']} (epoch {row['epoch']}, {row['size']} px, learning rate "

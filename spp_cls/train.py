@@ -29,7 +29,7 @@ def train(
 ) -> dict[str, float]:
     """Fit, then test with the last weights; the errors and losses at the end by name (`val/top1_error` …)."""
     trainer.fit(classifier, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
-    if ckpt_path is not None:
+    if ckpt_path is not None and "train/loss" not in trainer.callback_metrics:
         _take_saved_weights(classifier, trainer, ckpt_path)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if test and not trainer.interrupted:

@@ -18,7 +18,7 @@ from lightning import Trainer
 from tqdm import tqdm
 
 from .classifier import Classifier
-from .cost import available_memory, cost, in_px
+from .cost import available_memory, cost, in_px, too_large
 from .data import MultiSizeDataModule
 from .data.plan import Shape
 from .data.source import TrainBatch
@@ -275,10 +275,7 @@ def _refuse_too_large(classifier: Classifier, datamodule: MultiSizeDataModule, t
 
 
 def _advice(datamodule: MultiSizeDataModule, trainer: Trainer, shape: Shape) -> str:
-    return (
-        f"{datamodule.plan.images_at_once(shape)} images of {in_px(shape)} at once do not fit into memory: set "
-        f"trainer.accumulate_grad_batches={2 * trainer.accumulate_grad_batches} or a smaller data.batch_size"
-    )
+    return too_large(datamodule.plan.images_at_once(shape), shape, trainer.accumulate_grad_batches)
 
 
 def _largest(datamodule: MultiSizeDataModule, shapes: Sequence[Shape | None]) -> Shape:

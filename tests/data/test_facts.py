@@ -30,19 +30,6 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the files that are read."""
-    names: list[str] = []
-
-    def noted(file: str, whole: bool) -> Facts:
-        names.append(os.path.basename(file))
-        return look_at(file, whole)
-
-    monkeypatch.setattr(facts_module, "look_at", noted)
-    return names
-
-
-@pytest.fixture
 def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(facts_module, "CHUNK", 1)
     monkeypatch.setattr(facts_module, "HEADER_THREADS", 1)

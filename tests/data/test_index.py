@@ -98,19 +98,6 @@ def parts(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the files that are read."""
-    names: list[str] = []
-
-    def noted(file: str, whole: bool) -> Facts:
-        names.append(os.path.basename(file))
-        return look_at(file, whole)
-
-    monkeypatch.setattr(facts_module, "look_at", noted)
-    return names
-
-
-@pytest.fixture
 def listed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The folders that the package's layouts list."""
     folders: list[Path] = []
