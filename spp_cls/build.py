@@ -22,10 +22,13 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from .callbacks import MemoryProbe, PlannedSize, Progress, Timing
+from .callbacks import MemoryProbe, PlannedSize, Progress, Timing, Watch
 from .classifier import Classifier
+from .dashboards import wandb_id
 from .data import MultiSizeDataModule
+from .differences import REFUSED, Difference, differences, machine
 from .door import nearest
+from .ranks import place
 from .resume import AtomicCheckpointIO, History, ResumePoint
 from .run import CHECKPOINTS, Run, find_checkpoint, run_folder
 
@@ -155,10 +158,14 @@ def class_weights(config: DictConfig, datamodule: MultiSizeDataModule) -> list[f
     return [float(counts.sum() / (len(index.classes) * max(1, int(count)))) for count in counts]
 
 
-def identity(config: DictConfig, datamodule: MultiSizeDataModule) -> dict[str, Any]:
-    """Plain data that says what a checkpoint's weights are: enough to build the net again and to feed it."""
+def identity(config: DictConfig, datamodule: MultiSizeDataModule, trainer: Trainer | None = None) -> dict[str, Any]:
+    """Plain data that says what a checkpoint's weights are: enough to build the net again and to feed it.
+
+    With the `trainer` that trains it also on what.
+    """
     return {
         "config": OmegaConf.to_container(config, resolve=True),
+        "machine": machine(trainer) if trainer else {},
         "classes": list(datamodule.classes),
         "index": datamodule.index.digest if datamodule.index else None,
         "pixels": "jpeg cache" if datamodule.cache_kind == "jpeg" else "files",  # a raw cache has the files' pixels
@@ -178,14 +185,14 @@ def build_trainer(config: DictConfig, folder: Path | None) -> Trainer:
     if folder is not None:
         chosen = [instantiate(c, f"callbacks.{name}") for name, c in (config.get("callbacks") or {}).items() if c]
         timing = Timing(folder)
-        callbacks = [PlannedSize(), MemoryProbe(), timing, History(folder)]
+        callbacks = [PlannedSize(), MemoryProbe(), Watch(folder), timing, History(folder)]
         if config.trainer.get("enable_progress_bar") is not False:
             callbacks.append(Progress(timing))
         callbacks += [c for c in chosen if not isinstance(c, Checkpoint)]
         if not config.trainer.get("fast_dev_run"):
             callbacks += [c for c in chosen if isinstance(c, Checkpoint)]
-            callbacks.append(ResumePoint(folder / CHECKPOINTS))
-        loggers = [build_logger(c, name) for name, c in (config.get("logger") or {}).items() if c]
+            callbacks.append(ResumePoint(folder / CHECKPOINTS, **config.get("checkpoint", {})))
+        loggers = [build_logger(c, name, folder) for name, c in (config.get("logger") or {}).items() if c]
     elif sys.stderr.isatty():
         callbacks = [TQDMProgressBar(leave=False)]
     arguments: dict[str, Any] = {
@@ -194,7 +201,7 @@ def build_trainer(config: DictConfig, folder: Path | None) -> Trainer:
         # Lightning's own answer to a cluster's signals saves from inside a step.
         "plugins": [
             AtomicCheckpointIO(),
-            *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []),
+            *([SLURMEnvironment(auto_requeue=False)] if place().started_by == "SLURM" else []),
         ],
     }
     if folder is not None:
@@ -207,8 +214,24 @@ def build_trainer(config: DictConfig, folder: Path | None) -> Trainer:
             f"trainer.precision={config.trainer.precision}: order and chance need float32; use 32-true, 16-mixed or "
             "bf16-mixed"
         )
-    trainer: Trainer = instantiate(config.trainer, "trainer", **arguments)
+    trainer: Trainer = instantiate(with_the_ranks_there_are(config.trainer), "trainer", **arguments)
     return trainer
+
+
+def with_the_ranks_there_are(config: DictConfig) -> DictConfig:
+    """Devices and nodes as torchrun or SLURM has started processes for them."""
+    here = place()
+    if here.started_by not in ("torchrun", "SLURM") or here.ranks == 1:
+        return config
+    devices, nodes = here.on_this_machine, here.ranks // here.on_this_machine
+    if config.devices not in ("auto", devices) or config.num_nodes not in (1, nodes):
+        raise ValueError(
+            f"trainer.devices={config.devices}, trainer.num_nodes={config.num_nodes}: {here.started_by} has started "
+            f"{devices} processes on each of {nodes} machines; use trainer=ddp, which takes them as they are"
+        )
+    chosen = OmegaConf.merge(config, {"devices": devices, "num_nodes": nodes})
+    assert isinstance(chosen, DictConfig)
+    return chosen
 
 
 def quieten() -> None:
@@ -216,6 +239,7 @@ def quieten() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # whose table was asked for
+    logging.getLogger("lightning.fabric.strategies.launchers").setLevel(logging.INFO)  # a rank ended amid its imports
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
     warnings.filterwarnings("ignore", message=r".*does not have many workers")
     warnings.filterwarnings("ignore", message=r".*exists and is not empty")  # a run that goes on
@@ -232,10 +256,12 @@ def _check_devices(config: DictConfig) -> None:
         raise ValueError("trainer.accelerator=mps: no Apple GPU is to be seen here; use trainer=cpu")
 
 
-def build_logger(config: DictConfig, name: str) -> Logger:
-    """A logger; Weights & Biases goes offline where there is no key, instead of failing."""
-    if "wandb" in str(config.get("_target_", "")).lower() and not config.get("offline") and not _has_wandb_key():
-        config = OmegaConf.merge(config, {"offline": True})  # type: ignore[assignment]
+def build_logger(config: DictConfig, name: str, folder: Path) -> Logger:
+    """A logger; W&B goes on with the run of `folder`, and goes offline where there is no key, instead of failing."""
+    if "wandb" in str(config.get("_target_", "")).lower():
+        own = {"id": wandb_id(folder, config.get("id"))} if place().rank == 0 else {}  # the others log nothing
+        offline = {} if _has_wandb_key() else {"offline": True}
+        config = OmegaConf.merge(config, own, offline)  # type: ignore[assignment]
     logger: Logger = instantiate(config, f"logger.{name}")
     return logger
 
@@ -251,14 +277,19 @@ def _has_wandb_key() -> bool:
 
 
 def load_run(path: str | Path, which: str = "last", trust: bool = False) -> Run:
-    """The run that `path` names; refused where its config would build what is not trusted."""
-    folder = run_folder(path)
-    config = OmegaConf.load(folder / "config.yaml")
-    container = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(container, dict)
+    """The run that `path` names, a run folder or a checkpoint; refused where it would build what is not trusted."""
+    checkpoint = find_checkpoint(path, which)
+    try:
+        folder = run_folder(path)
+    except ValueError:  # a checkpoint that lies by itself
+        folder, source = checkpoint.parent, checkpoint
+        config = read_checkpoint(checkpoint)["spp_cls"]["identity"]["config"]
+    else:
+        source = folder / "config.yaml"
+        config = OmegaConf.to_container(OmegaConf.load(source), resolve=True)
     if not trust:
-        refuse_untrusted(container, folder / "config.yaml")
-    return Run(folder, {str(k): v for k, v in container.items()}, find_checkpoint(path, which))
+        refuse_untrusted(config, source)
+    return Run(folder, {str(k): v for k, v in config.items()}, checkpoint)
 
 
 def refuse_untrusted(config: Any, path: Path) -> None:
@@ -286,21 +317,26 @@ def _is_trusted(target: Any) -> bool:
     return f"{getattr(thing, '__module__', None)}.".startswith(TRUSTED)
 
 
-def restore_classifier(run: Run) -> Classifier:
-    """The classifier of `run` with the weights of its checkpoint; its data need not be there."""
-    config = OmegaConf.create(run.config)
+def load_classifier(checkpoint: Path, trust: bool = False) -> Classifier:
+    """The classifier that `checkpoint` holds, in eval mode; neither its run folder nor its data need be there.
+
+    `classifier.identity` has the names of its classes and what pictures are prepared by (region, resize, mean, std).
+    """
+    state = read_checkpoint(checkpoint)
+    identity = state["spp_cls"]["identity"]
+    if not trust:
+        refuse_untrusted(identity["config"], checkpoint)
+    config = OmegaConf.create(identity["config"])
     config.compile = False
     for key in ("init_from", "weights"):  # the checkpoint has them all
         if key in config.model:
             config.model[key] = None
-    state = read_checkpoint(run.checkpoint)
-    classifier = build_classifier(config, state["spp_cls"]["identity"])
+    classifier = build_classifier(config, identity)
     try:
         classifier.load_state_dict(state["state_dict"])
     except RuntimeError as error:
         raise ValueError(
-            f"{run.checkpoint}: its weights do not fit the net that {run.folder / 'config.yaml'} builds now; "
-            "it was trained by other code"
+            f"{checkpoint}: its weights do not fit the net that its config builds now; it was trained by other code"
         ) from error
     return classifier.eval()
 
@@ -322,50 +358,14 @@ def restore_datamodule(run: Run, classifier: Classifier, root: str | None = None
     return datamodule
 
 
-def refuse_to_go_on(checkpoint: Path, now: dict[str, Any]) -> None:
-    """Raise where a run cannot go on from `checkpoint`: other pictures, or a setting that decides what is learnt.
-
-    `now` is the identity of this command. Length, devices, loggers, callbacks, testing and workers may differ.
-    """
+def differences_from(checkpoint: Path, now: dict[str, Any]) -> list[Difference]:
+    """What differs between the run of `checkpoint` and a command of identity `now`; raises where it cannot go on."""
     before = read_checkpoint(checkpoint)["spp_cls"]["identity"]
-    if before.get("index") != now["index"]:
-        raise ValueError(
-            f"ckpt_path={checkpoint}: its run was trained on other pictures than these; "
-            "give the same, or take its weights alone, by model.init_from"
-        )
-    if before.get("pixels", "files") != now["pixels"]:
-        raise ValueError(
-            f"ckpt_path={checkpoint}: its run read {before.get('pixels', 'files')}, this one {now['pixels']}: "
-            "go on with the same data.cache; raw and null give the same pixels"
-        )
-    old, new = _decisive(before.get("config", {})), _decisive(now["config"])
-    for key in sorted({*old, *new}):
-        if old.get(key) != new.get(key):
-            raise ValueError(
-                f"ckpt_path={checkpoint}: its run has {key}={old.get(key)}, here it is {new.get(key)}; "
-                "go on with the same, or take its weights alone, by model.init_from"
-            )
-
-
-def _decisive(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a run cannot change on its way, by dotted key."""
-    free = (
-        *("data.root", "data.num_workers", "data.val_sizes", "data.on_bad", "data.max_bad", "data.cache"),
-        *("data.cache_folder", "model.init_from", "model.weights"),
-    )
-    flat: dict[str, Any] = {"seed": config.get("seed")}
-
-    def walk(value: Any, key: str) -> None:
-        if isinstance(value, dict):
-            for name, nested in value.items():
-                walk(nested, f"{key}.{name}")
-        elif key not in free:
-            flat[key] = value
-
-    for group in ("model", "data", "sizes", "classifier", "optimizer", "schedule"):
-        walk(config.get(group), group)
-    walk(config.get("trainer", {}).get("accumulate_grad_batches"), "trainer.accumulate_grad_batches")
-    return flat
+    found = differences(before, now)
+    refused = next((one for one in found if one.kind == REFUSED), None)
+    if refused is not None:
+        raise ValueError(f"ckpt_path={checkpoint}: {refused.refusal}")
+    return found
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

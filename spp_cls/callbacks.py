@@ -1,20 +1,26 @@
-"""What watches over training: the planned size, the memory it will take, where the time goes, the progress bar."""
+"""What watches over training: the planned size, the memory it will take, other ranks, where the time goes."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
+import threading
 import time
+from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from torch import distributed
 from tqdm import tqdm
 
 from .cost import available_memory, cost, in_px, too_large
+from .ranks import end
 
 
 class PlannedSize(Callback):
@@ -69,6 +75,68 @@ def _one_step(trainer: Trainer, module: Any, images: int, shape: tuple[int, int]
         parameter.grad = None
     for name, buffer in module.net.named_buffers():
         buffer.copy_(buffers[name])
+
+
+class Watch(Callback):
+    """Ends this rank when another has ended before its time, instead of waiting for it in the next collective.
+
+    Each rank waits in a thread for a last word from rank 0, and that from each of the others, by connections that the
+    system closes when a process dies, however it dies. It costs a step nothing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder  # of the run
+        self._group: Any = None
+        self._threads: list[threading.Thread] = []
+        self._rank = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.world_size == 1 or not distributed.is_initialized() or self._group is not None:
+            return
+        self._group, self._rank = (
+            distributed.new_group(backend="gloo", timeout=timedelta(days=1000)),
+            trainer.global_rank,
+        )
+        others = range(1, trainer.world_size) if self._rank == 0 else (0,)
+        self._threads = [threading.Thread(target=self._wait_for, args=(other,), daemon=True) for other in others]
+        for thread in self._threads:
+            thread.start()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._say_farewell()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, SystemExit):  # all ranks leave at this point
+            self._say_farewell()
+        elif self._threads and isinstance(exception, RuntimeError):
+            time.sleep(2)  # it may come of another's end, which `_wait_for` tells better
+
+    def _wait_for(self, other: int) -> None:
+        word = torch.zeros(1, dtype=torch.int64)
+        try:
+            distributed.recv(word, src=other, group=self._group)
+        except RuntimeError:
+            word[0] = 1 + other
+        if word:
+            ended = int(word) - 1
+            if self._rank == 0:
+                self._tell(1 + ended, [t for t in range(1, distributed.get_world_size()) if t != ended])
+            last = self.folder / "checkpoints" / "last.ckpt"
+            go_on = f"; go on with spp train ckpt_path={self.folder}" if last.is_file() else ""
+            end(f"rank {ended} ended before its time, so rank {self._rank} does{go_on}")
+
+    def _say_farewell(self) -> None:
+        if self._group is None:
+            return
+        self._tell(0, range(1, distributed.get_world_size()) if self._rank == 0 else (0,))
+        for thread in self._threads:
+            thread.join(timeout=10)
+        self._group, self._threads = None, []
+
+    def _tell(self, word: int, others: Iterable[int]) -> None:
+        for other in others:
+            with contextlib.suppress(RuntimeError):
+                distributed.isend(torch.tensor([word]), dst=other, group=self._group)
 
 
 class Timing(Callback):

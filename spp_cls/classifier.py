@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -225,6 +226,22 @@ class Classifier(LightningModule):
         return values
 
     # Checkpoints
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: Any = None, *, weights_only: bool = True, trust: bool = False
+    ) -> Classifier:
+        """The classifier of a checkpoint, in eval mode, built by the config inside it; nothing else need be there.
+
+        No code in the file is run. What its config names to be built is refused where it was not written in spp_cls,
+        torch, torchvision, lightning or timm, unless `trust`. Raises ValueError.
+        """
+        from .build import load_classifier  # the one way back: a checkpoint alone says what net it was
+
+        if not weights_only:
+            raise ValueError("weights_only=False would run what code is in the file; checkpoints of spp_cls need none")
+        classifier = load_classifier(Path(checkpoint_path), trust)
+        return classifier if map_location is None else classifier.to(map_location)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["spp_cls"] = {

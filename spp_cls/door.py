@@ -24,9 +24,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from .ranks import place, restarted, same_words
 from .run import newest_run, run_folder
 
 Program = Callable[[DictConfig], Any]
+OVERRIDES = Path(".hydra", "overrides.yaml")
 
 # Names that people bring from the well-known Lightning + Hydra templates, and what is meant here.
 HINTS = {
@@ -128,20 +130,23 @@ def open_door(verb: str, program: Program, arguments: list[str]) -> None:
     """
     register_resolvers()
     sys.path.insert(0, os.getcwd())
+    _typed[:] = sys.argv
+    program_and_verb = sys.argv[: len(sys.argv) - len(arguments)]
     try:
         # Hydra has no null for a group.
         arguments = [f"{word[:-4]}none" if word in ("logger=null", "callbacks=null") else word for word in arguments]
         arguments = [word for word in arguments if word not in ("experiment=null", "debug=null", "hparams_search=null")]
         arguments = [*arguments, *_own_conf(arguments)]
-        arguments = _settings_first(_go_on(arguments))
+        arguments = _settings_first(arguments)
+        if verb == "train" and not _only_asks(arguments):
+            arguments = _settings_first(same_words(arguments, _go_on))
         if not _only_asks(arguments):
             _check(verb, arguments)
     except ValueError as error:
         fail(verb, error)
-    command_line = sys.argv
 
     def task(config: DictConfig) -> Any:
-        sys.argv = command_line  # what Lightning starts further ranks with
+        sys.argv = [*program_and_verb, *arguments]  # what Lightning starts further ranks with
         try:
             return program(config)
         except ValueError as error:
@@ -160,6 +165,14 @@ def open_door(verb: str, program: Program, arguments: list[str]) -> None:
         hydra.main(config_path=str(conf_folder()), config_name=verb, version_base="1.3")(task)()
     except (HydraException, OmegaConfBaseException) as error:  # --help with a mistake in what stands beside it
         fail(verb, _explain(verb, [], str(error)))
+
+
+def typed() -> list[str]:
+    """The command as it was typed, before anything was put to it."""
+    return list(_typed)
+
+
+_typed: list[str] = []
 
 
 def fail(verb: str, error: BaseException | str) -> NoReturn:
@@ -198,54 +211,82 @@ def _own_conf(arguments: list[str]) -> list[str]:
 
 
 def _go_on(arguments: list[str]) -> list[str]:
-    """`ckpt_path=` of a run folder, or last: that run's own overrides come first, and its folder is written on.
+    """`ckpt_path=` of a run folder, or last: that run's own settings come first, and its folder is written on.
 
-    `resume=auto` is that of the newest unfinished run of the same settings, and nothing where there is none.
+    `resume=auto`, which is meant too where torchrun or SLURM starts a job again, is that of the newest unfinished run
+    of the same settings, and nothing where there is none.
     """
     given = [argument for argument in arguments if argument.startswith("ckpt_path=")]
     value = given[-1].partition("=")[2].strip("\"'") if given else ""
-    if "resume=auto" in arguments:
-        if value not in ("", "null"):
-            raise ValueError(f"resume=auto with ckpt_path={value}: give one of them")
-        unfinished = _unfinished(_task_settings(arguments))
-        if unfinished is None:
-            return arguments
-        value, arguments = str(unfinished), []
+    asked = [argument.partition("=")[2] for argument in arguments if argument.startswith("resume=")]
+    own = [argument for argument in arguments if argument not in given]
+    if asked[-1:] == ["auto"] and value not in ("", "null"):
+        raise ValueError(f"resume=auto with ckpt_path={value}: give one of them")
     if value in ("", "null"):
-        return arguments
+        auto = asked[-1:] == ["auto"] or (not asked and restarted())
+        folder = _unfinished(_task_settings(arguments)) if auto else None
+        # What is typed here is what its run was started with, and so as trusted.
+        return [*own, *_write_on(folder, "trust=true")] if folder else _named(arguments)
     if value == "best":
         raise ValueError("ckpt_path=best: best.ckpt is for testing; training goes on from ckpt_path=last")
     if value == "last":
         folder = newest_run(Path("runs"))
     elif Path(value).is_file() and not any((p / "config.yaml").is_file() for p in Path(value).parents[:2]):
-        return arguments  # a checkpoint that lies by itself: its weights and position, our config
+        return [
+            *_named(arguments),
+            "trust=true",
+        ]  # a checkpoint by itself: its weights and position, what is typed here
     else:
         folder = run_folder(value, "ckpt_path")
-    overrides = folder / ".hydra" / "overrides.yaml"
-    if not overrides.is_file():
-        raise ValueError(f"{overrides} does not exist: how that run was started is not known; name a checkpoint file")
-    kept = OmegaConf.load(overrides)
-    own = [argument for argument in arguments if argument not in given]
-    checkpoint = value if Path(value).is_file() else folder / "checkpoints" / "last.ckpt"
-    before = [str(override) for override in kept if not str(override).startswith("ckpt_path=")]
-    return [*before, *own, f"ckpt_path={quoted(checkpoint)}", f"hydra.run.dir={quoted(folder)}"]
+    settings = _settings_of(folder)
+    if settings is None:
+        raise ValueError(
+            f"{folder / OVERRIDES} does not exist: how that run was started is not known; name a checkpoint file"
+        )
+    given_anew = {_key(word) for word in own}
+    kept = [word for word in settings if _key(word) not in given_anew]
+    at = [f"ckpt_path={quoted(value)}"] if Path(value).is_file() else []
+    return [*kept, *own, *_write_on(folder), *at]
+
+
+def _key(word: str) -> str:
+    return word.lstrip("+~").partition("=")[0]
+
+
+def _write_on(folder: Path, *more: str) -> list[str]:
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    return [*more, f"ckpt_path={quoted(checkpoint)}", f"hydra.run.dir={quoted(folder)}"]
+
+
+def _named(arguments: list[str]) -> list[str]:
+    """With several ranks the run folder has one name, which cannot depend on when each of them asks for it."""
+    if place().ranks == 1:
+        return arguments
+    if {"-m", "--multirun"} & set(arguments):
+        raise ValueError("-m under torchrun or srun: each rank would run a grid of its own; start its runs one by one")
+    _check("train", arguments)
+    folder = _compose("train", [word for word in arguments if not word.startswith("-")], keep_hydra=True).hydra.run.dir
+    return [*arguments, f"hydra.run.dir={quoted(folder)}"]
 
 
 def _unfinished(settings: list[str]) -> Path | None:
     """The run begun last of those that were started with `settings`, can be gone on with, and have not ended."""
     folders = {path.parent.parent for path in Path("runs").glob("**/checkpoints/last.ckpt")}
     for folder in sorted(folders, key=lambda folder: folder.name, reverse=True):
-        overrides = folder / ".hydra" / "overrides.yaml"
-        if (folder / "results.json").is_file() or not overrides.is_file():
-            continue
-        if _task_settings(map(str, OmegaConf.load(overrides))) == settings:
+        if not (folder / "results.json").is_file() and _settings_of(folder) == settings:
             return folder
     return None
 
 
+def _settings_of(folder: Path) -> list[str] | None:
+    """What the run of `folder` was started with; None where that is not known."""
+    overrides = folder / OVERRIDES
+    return _task_settings(map(str, OmegaConf.load(overrides))) if overrides.is_file() else None
+
+
 def _task_settings(words: Iterable[str]) -> list[str]:
-    """Of the words of a command line those that say what is trained."""
-    return [word for word in words if not word.startswith(("-", "hydra.", "resume=", "ckpt_path="))]
+    """Of the words of a command line those that say what is trained, and nothing that Hydra would run."""
+    return [word for word in words if not re.match(r"-|[+~]*(hydra[./@=:]|(resume|ckpt_path|trust)=)", word)]
 
 
 def quoted(path: str | Path) -> str:
@@ -334,13 +375,14 @@ def _choices(override: Override) -> list[str]:
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
-def _compose(name: str, words: list[str]) -> DictConfig:
+def _compose(name: str, words: list[str], keep_hydra: bool = False) -> DictConfig:
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3", job_name=name):
         config = hydra.compose(name, words, return_hydra_config=True)
         _choices_of_command.update({str(k): str(v) for k, v in config.hydra.runtime.choices.items()})
         with open_dict(config):
-            del config["hydra"]
+            if not keep_hydra:
+                del config["hydra"]
         return config
 
 
@@ -350,7 +392,7 @@ def _compose_or_explain(name: str, words: list[str], overrides: list[Override]) 
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ValueError(_explain(name, words, str(error))) from None
     groups = {*_groups(), "hydra.searchpath"}
-    _check_types(config, _compose(name, [word for word in words if word.lstrip("+~").partition("=")[0] in groups]))
+    _check_types(config, _compose(name, [word for word in words if _key(word) in groups]))
     missing = [key for key in _dotted(config) if _is(OmegaConf.is_missing, config, key)]
     if missing:
         raise ValueError(f"{missing[0]} has no value: give one, like {missing[0]}=…")
@@ -388,7 +430,7 @@ def _explain(name: str, words: list[str], message: str) -> str:
         template = difflib.get_close_matches(wrong, HINTS, n=1, cutoff=0.9)
         if template:
             return f"{wrong}: there is no such key; here it is called {HINTS[template[0]]}"
-        others = [word for word in words if word.lstrip("+~").partition("=")[0] != wrong]
+        others = [word for word in words if _key(word) != wrong]
         try:
             keys = _dotted(_compose(name, others))
         except (HydraException, OmegaConfBaseException):

@@ -102,7 +102,7 @@ def run(config: DictConfig) -> float:
     all_scores: list[Scores] = []
     first: MultiSizeDataModule | None = None
     for each in runs:
-        classifier = build.restore_classifier(each)
+        classifier = build.load_classifier(each.checkpoint, config.trust)
         datamodule = build.restore_datamodule(each, classifier, config.root)
         if config.batch_size:
             datamodule.batch_size = config.batch_size

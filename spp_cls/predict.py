@@ -110,7 +110,8 @@ def run(config: DictConfig) -> None:
         raise ValueError("no pictures named; give paths of pictures or folders, like spp predict run=… a.jpg b.png")
     paths = pictures(list(config.paths))
     views = build.instantiate(config.views, "views")
-    classifier = build.restore_classifier(build.load_run(config.run, config.ckpt, config.trust))
+    run = build.load_run(config.run, config.ckpt, config.trust)
+    classifier = build.load_classifier(run.checkpoint, config.trust)
     views = Views(views.crops, views.size or classifier.identity["region"])
     if config.device == "auto":
         classifier.to("cuda" if torch.cuda.is_available() else "cpu")

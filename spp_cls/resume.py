@@ -20,7 +20,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from .run import CHECKPOINTS
+from . import dashboards
+from .ranks import largest, place
+from .run import CHECKPOINTS, note_event
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 PATIENCE = 20  # seconds; clusters give a job 30 between SIGTERM and SIGKILL
@@ -71,16 +73,21 @@ def _tensors(value: Any) -> list[Tensor]:
 class ResumePoint(Checkpoint):
     """Saves `last.ckpt` where a restart is exact: between two optimizer steps inside an epoch, and at its very end.
 
-    Not after the last batch of an epoch: Lightning would skip that epoch's validation on resume.
+    Every `every_minutes` by rank 0's clock, every `every_steps` steps besides, where these are given. Not after the
+    last batch of an epoch: Lightning would skip that epoch's validation on resume.
 
     SIGTERM and SIGINT (Ctrl-C) are answered at the next such point: it is saved, and the program ends with exit code
     143 or 130; a second signal ends it at once. SIGUSR1 asks SLURM to queue the job anew besides. In a validation no
     restart would be exact: if it has not ended `PATIENCE` seconds later, the program ends without a save.
     """
 
-    def __init__(self, folder: Path, every_minutes: float = 10.0) -> None:
+    def __init__(self, folder: Path, every_minutes: float | None = 10.0, every_steps: int | None = None) -> None:
+        for name, value in {"every_minutes": every_minutes, "every_steps": every_steps}.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+                raise ValueError(f"checkpoint.{name}={value}: use a number, or null for the ends of epochs alone")
         self.path = folder / LAST
-        self.every_seconds = 60 * every_minutes
+        self.every_seconds = math.inf if every_minutes is None else 60 * every_minutes
+        self.every_steps = every_steps
         self._saved = time.monotonic()
         self._step = -1  # of the last save
         self._asked, self._asked_at = 0, 0.0  # the signal that came, and when
@@ -110,7 +117,8 @@ class ResumePoint(Checkpoint):
         if loop.batch_progress.is_last_batch or loop._should_accumulate():
             return
         due = trainer.is_global_zero and time.monotonic() - self._saved >= self.every_seconds
-        wanted = _largest(trainer, self._asked or int(due))  # no signal has the number 1
+        due = due or bool(self.every_steps and trainer.global_step % self.every_steps == 0)
+        wanted = largest(self._asked or int(due))  # no signal has the number 1
         if wanted:
             self._save(trainer)
         if wanted > 1:
@@ -123,7 +131,7 @@ class ResumePoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
-        asked = _largest(trainer, self._asked)
+        asked = largest(self._asked)
         if asked:
             self._leave(trainer, asked)
 
@@ -155,7 +163,10 @@ class ResumePoint(Checkpoint):
             saved = f"saved after step {self._step}" if self._step >= 0 else "nothing was saved yet"
             go_on = f"; go on with spp train ckpt_path={self.path.parent.parent}" if self.path.is_file() else ""
             print(f"{name} at step {trainer.global_step}: {saved}{go_on}", file=sys.stderr)
+            note_event(self.path.parent.parent, "signal", name=name, step=trainer.global_step, saved=self._step)
         if asked == REQUEUE and requeue(trainer.is_global_zero):
+            code = 0
+        if place().started_by == "Lightning":  # which would kill rank 0 amid its farewell
             code = 0
         raise SystemExit(code)
 
@@ -163,13 +174,6 @@ class ResumePoint(Checkpoint):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
-
-
-def _largest(trainer: Trainer, number: int) -> int:
-    """The largest of what the ranks say, so that all do the same at the same step."""
-    if trainer.world_size == 1:
-        return number
-    return int(trainer.strategy.reduce(torch.tensor(number, device=trainer.strategy.root_device), reduce_op="max"))
 
 
 def requeue(is_global_zero: bool) -> bool:
@@ -199,6 +203,8 @@ class History(Callback):
     def __init__(self, folder: Path, every: int = 50) -> None:
         self.path, self.every = folder / "history.jsonl", every
         self._offset = 0
+        self._number = 0  # of rows in the file
+        self._events: list[str] = []  # TensorBoard's files that show them all
         self._lr = 0.0
         self._losses: list[Tensor] = []  # of the micro-batches of the step that is under way
         self._rows: list[dict[str, Any]] = []  # steps that are done but not written; their loss is still on the device
@@ -209,6 +215,8 @@ class History(Callback):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
                 file.truncate(min(self._offset, file.tell()))
+            rows = read_history(self.path.parent) if trainer.loggers else []
+            self._number, self._events = len(rows), dashboards.begin(trainer.loggers, rows, self._events)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # at the batch's end it is the next step's
@@ -248,13 +256,15 @@ class History(Callback):
         self._flush(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"offset": self._offset}
+        return {"offset": self._offset, "events": self._events}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._offset = state_dict["offset"]
+        self._offset, self._events = state_dict["offset"], state_dict.get("events", [])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._flush(trainer)
+        if trainer.is_global_zero:
+            dashboards.save(trainer.loggers)  # which go on from here, too
         states = checkpoint.get("callbacks", {})
         if self.state_key in states:  # taken before the flush
             states[self.state_key] = self.state_dict()
@@ -285,10 +295,8 @@ class History(Callback):
             with self.path.open("ab") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
                 self._offset = file.tell()
-            for row in rows:
-                values = {k if "/" in k else f"train/{k}": v for k, v in row.items() if k not in ("epoch", "step")}
-                for logger in trainer.loggers:
-                    logger.log_metrics({"epoch": row["epoch"], **values}, step=row["step"])
+            dashboards.log(trainer.loggers, rows, self._number)
+            self._number += len(rows)
 
 
 def _size(images: Tensor) -> dict[str, Any]:
@@ -298,8 +306,8 @@ def _size(images: Tensor) -> dict[str, Any]:
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's history, oldest first."""
+    """The rows of a run's history, oldest first; a last one that is only half written is left out."""
     path = folder / "history.jsonl"
     if not path.is_file():
         raise ValueError(f"{path}: no history there; name a run folder, like runs/shapes-tiny/2026-01-31_12-00-00_0000")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().rpartition("\n")[0].splitlines()]

@@ -3,8 +3,9 @@
 config.yaml       the whole config, resolved        history.jsonl   a line a step, a line an epoch
 environment.json  command, commit, versions, hashes  timing.jsonl    where the time went
 results.json      errors at the end                  checkpoints/    last.ckpt, best.ckpt
-tensorboard/      if that logger is on               evaluations/    what `spp evaluate` wrote
-events.jsonl      when it was resumed, and how
+tensorboard/      if that logger is on, as csv/,     evaluations/    what `spp evaluate` wrote
+                  and wandb/ with wandb_id
+events.jsonl      what happened to it: signals, resumes and what they changed
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -109,7 +109,7 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def environment(config_yaml: str, index_digest: str) -> dict[str, Any]:
+def environment(command: list[str], config_yaml: str, index_digest: str) -> dict[str, Any]:
     """What a result depends on beside the config: command, commit, versions, machine, hashes."""
     import torch
 
@@ -120,14 +120,14 @@ def environment(config_yaml: str, index_digest: str) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[package] = None
     return {
-        "command": sys.argv,
+        "command": command,
         "folder": os.getcwd(),
         "commit": _git("rev-parse", "HEAD"),
         "diff": _git("diff", "HEAD"),
         "python": platform.python_version(),
         "versions": versions,
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -144,7 +144,8 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of this machine's processor."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))

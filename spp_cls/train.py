@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from .door import is_multirun, open_door
+from .door import is_multirun, open_door, typed
 
 if TYPE_CHECKING:
     from lightning import LightningDataModule, LightningModule, Trainer
     from torch import nn
 
     from .data import MultiSizeDataModule
+    from .differences import Difference
 
 
 def train(
@@ -75,29 +76,31 @@ def check(net: nn.Module, datamodule: MultiSizeDataModule, trainer: Trainer) -> 
 
 def run(config: DictConfig) -> float | None:
     """Everything that `spp train` does with a config; gives `optimized_metric` for sweepers."""
-    from . import build
-    from .run import environment, find_checkpoint, note_event, write_json
+    from . import build, dashboards
+    from .ranks import place
+    from .run import environment, find_checkpoint, write_json
 
     folder = Path(HydraConfig.get().runtime.output_dir)
-    several_ranks = config.trainer.devices not in (1, "1") or config.trainer.num_nodes != 1
+    several_ranks = config.trainer.devices not in (1, "1") or config.trainer.num_nodes != 1 or place().ranks > 1
     if is_multirun() and several_ranks:
         raise ValueError(
             f"trainer.devices={config.trainer.devices} with -m: further ranks would run the whole grid again; "
             "start each of its runs by a command of its own"
         )
+    ckpt_path = find_checkpoint(config.ckpt_path) if config.ckpt_path else None
+    if ckpt_path and not config.trust:  # before anything that it names is even imported
+        build.refuse_untrusted(OmegaConf.to_container(config, resolve=True), ckpt_path)
     build.check_arguments(config)
     if config.resume not in (None, "auto"):
         raise ValueError(f"resume={config.resume}: use auto or null; a run by its folder is ckpt_path=RUN")
     datamodule = build.build_datamodule(config)
-    identity = build.identity(config, datamodule)
-    ckpt_path = find_checkpoint(config.ckpt_path) if config.ckpt_path else None
-    to_build = config.copy()
-    if ckpt_path:
-        build.refuse_to_go_on(ckpt_path, identity)
-        if "init_from" in config.model:
-            to_build.model.init_from = None  # the checkpoint has the weights
-    classifier = build.build_classifier(to_build, identity, build.class_weights(config, datamodule))
     trainer = build.build_trainer(config, folder)
+    identity = build.identity(config, datamodule, trainer)
+    found = build.differences_from(ckpt_path, identity) if ckpt_path else []
+    to_build = config.copy()
+    if ckpt_path and "init_from" in config.model:
+        to_build.model.init_from = None  # the checkpoint has the weights
+    classifier = build.build_classifier(to_build, identity, build.class_weights(config, datamodule))
     check(classifier.net, datamodule, trainer)
     _ = datamodule.pictures  # a cache that is wanted is made here, before other ranks are started
 
@@ -106,14 +109,17 @@ def run(config: DictConfig) -> float | None:
         resolved = OmegaConf.to_yaml(config, resolve=True)
         (folder / "config.yaml").write_text(resolved)
         left_out = {bad.path: bad.reason for bad in datamodule.index.bad}
-        about = {**environment(resolved, datamodule.index.digest), "left_out": left_out}
+        about = {**environment(typed(), resolved, datamodule.index.digest), "left_out": left_out}
         write_json(folder / "environment.json", about)
         if ckpt_path:
-            note_event(folder, "resumed", checkpoint=ckpt_path, command=sys.argv)
+            _say_what_differs(folder, ckpt_path, found)
         parameters = sum(p.numel() for p in classifier.net.parameters())
         print(f"{datamodule.index.describe()}\nnet: {parameters:,} parameters\nrun: {folder}", file=sys.stderr)
 
-    metrics = train(classifier, datamodule, trainer, ckpt_path, config.test)
+    try:
+        metrics = train(classifier, datamodule, trainer, ckpt_path, config.test)
+    finally:
+        dashboards.close(trainer.loggers)
     if "train/loss" not in metrics:  # nothing was left to train
         metrics = {**_last_epoch(folder), **metrics}
 
@@ -124,6 +130,20 @@ def run(config: DictConfig) -> float | None:
     if name and name not in metrics and not config.trainer.fast_dev_run:
         raise ValueError(f"optimized_metric={name}: no such metric; there are {', '.join(sorted(metrics))}")
     return metrics.get(name) if name else None
+
+
+def _say_what_differs(folder: Path, ckpt_path: Path, found: list[Difference]) -> None:
+    from .differences import CHANGES
+    from .run import note_event
+
+    changes = [difference for difference in found if difference.kind == CHANGES]
+    if changes:
+        lines = "\n  ".join(map(str, changes))
+        print(f"goes on otherwise than it began, so that the result will be another:\n  {lines}", file=sys.stderr)
+    kinds: dict[str, dict[str, Any]] = {}
+    for difference in found:
+        kinds.setdefault(difference.kind, {})[difference.key] = [difference.before, difference.now]
+    note_event(folder, "resumed", checkpoint=ckpt_path, command=typed(), **kinds)
 
 
 def _last_epoch(folder: Path) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import torch
 from omegaconf import OmegaConf
 
 from spp_cls import build
+from spp_cls.classifier import Classifier
 from spp_cls.data import Views
 
 SGD = {"_target_": "torch.optim.SGD", "_partial_": True}
@@ -175,7 +177,7 @@ def test_nothing_that_is_only_reached_through_a_trusted_package() -> None:
         "spp_cls.build.os.system",
         "lightning.pytorch.trainer.trainer.os.system",
         "spp_cls.models.sppnet.torch.load",
-        "spp_cls.build.restore_classifier",
+        "spp_cls.build.load_classifier",
         "lightning.pytorch.cli.instantiate_class",
         "torch.nn.nothing",
     ):
@@ -220,7 +222,7 @@ def test_what_is_no_checkpoint_of_ours_is_named(tmp_path: Path, trained: Path) -
 
 def test_a_run_is_restored_with_its_weights_in_eval_mode(trained: Path) -> None:
     run = build.load_run(trained)
-    classifier = build.restore_classifier(run)
+    classifier = build.load_classifier(run.checkpoint)
     assert not classifier.training
     state = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(value, state[name]) for name, value in classifier.state_dict().items())
@@ -229,35 +231,85 @@ def test_a_run_is_restored_with_its_weights_in_eval_mode(trained: Path) -> None:
     assert run.results["epochs"] == 2
 
 
-def test_a_run_goes_on_only_with_the_pictures_and_settings_that_decide_what_is_learnt(tmp_path: Path) -> None:
-    settings = {
-        "seed": 0,
-        "model": {"levels": [6, 3, 2, 1], "init_from": None},
-        "data": {"root": "a", "batch_size": 8, "num_workers": 0},
-        "trainer": {"max_epochs": 2, "accumulate_grad_batches": 1},
-    }
-
-    def identity(index: str = "x", **changes: Any) -> dict[str, Any]:
-        config = {
-            key: {**value, **changes.get(key, {})} if isinstance(value, dict) else value
-            for key, value in settings.items()
-        }
-        pixels = changes.get("pixels", "files")
-        return {"config": {**config, "seed": changes.get("seed", 0)}, "index": index, "pixels": pixels}
-
+def test_a_run_goes_on_only_where_what_it_holds_is_what_is_asked_for(tmp_path: Path) -> None:
+    before = {"config": {"seed": 0, "trainer": {"max_epochs": 2}}, "index": "x", "pixels": "files"}
     path = tmp_path / "last.ckpt"
-    torch.save({"state_dict": {}, "spp_cls": {"identity": identity()}}, path)
-    build.refuse_to_go_on(path, identity(data={"root": "b", "num_workers": 2}, trainer={"max_epochs": 9}))
-    for other, line in (
-        (identity("y"), "its run was trained on other pictures than these"),
-        (identity(pixels="jpeg cache"), "its run read files, this one jpeg cache: go on with the same data.cache"),
-        (identity(seed=5), "its run has seed=0, here it is 5"),
-        (identity(model={"levels": [3, 1]}), r"its run has model.levels=\[6, 3, 2, 1\], here it is \[3, 1\]"),
-        (identity(data={"batch_size": 4}), "its run has data.batch_size=8, here it is 4"),
-        (
-            identity(trainer={"accumulate_grad_batches": 2}),
-            "its run has trainer.accumulate_grad_batches=1, here it is 2",
-        ),
-    ):
-        with pytest.raises(ValueError, match=line):
-            build.refuse_to_go_on(path, other)
+    torch.save({"state_dict": {}, "spp_cls": {"identity": before}}, path)
+    assert build.differences_from(path, before) == []
+    longer = {**before, "config": {"seed": 0, "trainer": {"max_epochs": 9}}}
+    assert [str(difference) for difference in build.differences_from(path, longer)] == ["trainer.max_epochs: 2 → 9"]
+    with pytest.raises(ValueError, match=f"^ckpt_path={path}: its run has seed=0, here it is 5; go on with the same"):
+        build.differences_from(path, {**before, "config": {**before["config"], "seed": 5}})  # type: ignore[dict-item]
+
+
+# Checkpoints load alone
+
+
+def test_a_checkpoint_loads_alone(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(trained / "checkpoints" / "last.ckpt", tmp_path / "mine.ckpt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("spp_cls.door.conf_folder", lambda: 1 / 0)  # nobody asks for the configs
+    classifier = Classifier.load_from_checkpoint("mine.ckpt", weights_only=True)
+    images = torch.randn(2, 3, 40, 56, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(classifier(images), build.load_classifier(trained / "checkpoints" / "last.ckpt")(images))
+    known = classifier.identity
+    assert known["classes"] == ["a", "b", "c"] and (known["region"], known["resize"]) == (32, 36)
+    assert len(known["mean"]) == len(known["std"]) == 3
+    with pytest.raises(ValueError, match="weights_only=False would run what code is in the file"):
+        Classifier.load_from_checkpoint("mine.ckpt", weights_only=False)
+
+
+def test_a_checkpoint_or_a_pickle_of_somebody_else_runs_nothing(trained: Path, tmp_path: Path) -> None:
+    ran, path = tmp_path / "ran", tmp_path / "theirs.ckpt"
+
+    class Code:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {ran}",)
+
+    state = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    torch.save({**state, "more": Code()}, path)
+    with pytest.raises(ValueError, match=f"{path}: not a readable checkpoint"):
+        Classifier.load_from_checkpoint(path)
+    state["spp_cls"]["identity"]["config"]["model"] = {"_target_": "os.system", "command": f"touch {ran}"}
+    torch.save(state, path)
+    for load in (Classifier.load_from_checkpoint, build.load_run):
+        with pytest.raises(ValueError, match=f"{path} would build os.system, which is not part of spp_cls; add trust"):
+            load(path)
+    assert not ran.exists()
+
+
+def test_a_checkpoint_that_lies_by_itself_is_a_run(trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.ckpt"
+    shutil.copy(trained / "checkpoints" / "last.ckpt", path)
+    run = build.load_run(path)
+    assert (run.folder, run.checkpoint) == (tmp_path, path)
+    assert run.config == build.load_run(trained).config
+
+
+# Several ranks
+
+
+@pytest.mark.parametrize(
+    ("env", "devices", "expected"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, "auto", (2, 2)),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, 2, (2, 1)),
+        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"}, "auto", (4, 2)),
+        ({}, "auto", ("auto", 1)),
+    ],
+)
+def test_devices_and_nodes_are_those_that_were_started(
+    env: dict[str, str], devices: Any, expected: tuple[Any, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    found = build.with_the_ranks_there_are(OmegaConf.create({"devices": devices, "num_nodes": 1}))
+    assert (found.devices, found.num_nodes) == expected
+
+
+def test_other_devices_than_those_that_were_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    line = "trainer.devices=1, trainer.num_nodes=1: torchrun has started 4 processes on each of 1 machines; use trainer"
+    with pytest.raises(ValueError, match=line):
+        build.with_the_ranks_there_are(OmegaConf.create({"devices": 1, "num_nodes": 1}))

@@ -371,3 +371,48 @@ def test_a_run_folder_with_odd_letters_goes_on(spp: Spp, trained: Path, tmp_path
     answer = spp("train", f"ckpt_path={run}", "trainer.max_epochs=3")
     assert answer.code == 0, answer.err
     assert len(history(run)) == 12 + 3
+
+
+def test_what_changes_the_result_of_a_run_that_goes_on_is_said_and_recorded(spp: Spp, copied: Path) -> None:
+    answer = spp("train", f"ckpt_path={copied}", "trainer.max_epochs=3", "data.num_workers=1", "trainer.max_epochs=3")
+    assert answer.code == 0, answer.err
+    assert "goes on otherwise than it began, so that the result will be another:\n  trainer.max_epochs: 2 → 3\n" in (
+        answer.err
+    )
+    (event,) = [json.loads(line) for line in (copied / "events.jsonl").read_text().splitlines()]
+    assert event["changes the result"] == {"trainer.max_epochs": [2, 3]}
+    assert event["harmless"]["data.num_workers"] == [0, 1] and "refused" not in event
+    kept = list(OmegaConf.load(copied / ".hydra" / "overrides.yaml"))
+    assert "trainer.max_epochs=2" not in kept  # a key that is given anew stands there once
+    answer = spp("train", f"ckpt_path={copied}", "trainer.accumulate_grad_batches=2")
+    assert answer.code == 2
+    assert "its run has trainer.accumulate_grad_batches=1, here it is 2; go on with the same" in answer.err
+
+
+def test_a_run_folder_of_somebody_else_runs_nothing_when_it_goes_on(spp: Spp, copied: Path, tmp_path: Path) -> None:
+    overrides = copied / ".hydra" / "overrides.yaml"
+    own, ran = overrides.read_text(), tmp_path / "ran"
+    foreign = "- model._target_=os.system\n- +model.command='touch ran'\n- trust=true\n"
+    overrides.write_text(own + foreign)
+    answer = spp("train", f"ckpt_path={copied}")
+    assert answer.code == 2
+    assert "would build os.system, which is not part of spp_cls; add trust=true if you trust it" in answer.err
+    # What Hydra itself would build or look into, before any config is read, is left out.
+    hydra = "hydra.launcher._target_=os.system", "+hydra.callbacks.a._target_=os.system", "hydra/launcher=nope"
+    overrides.write_text(own + "".join(f"- {word}\n" for word in hydra))
+    answer = spp("train", f"ckpt_path={copied}")
+    assert answer.code == 0, answer.err
+    assert not ran.exists()
+
+
+def test_a_job_that_is_started_again_goes_on(
+    spp: Spp, copied: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (copied / "results.json").unlink()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert spp("train", *small).code == 0
+    assert [run.name for run in copied.parent.iterdir()] == [copied.name]
+    assert (copied / "events.jsonl").is_file()
+    (copied / "results.json").unlink()
+    assert spp("train", *small, "resume=null").code == 0
+    assert len(list(copied.parent.iterdir())) == 2

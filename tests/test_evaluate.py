@@ -135,7 +135,7 @@ def test_the_centre_crop_says_what_the_run_said(spp: Spp, run: Path, tmp_path: P
 def test_ten_crops_are_the_mean_of_ten_by_hand(spp: Spp, run: Path, pictures: Path) -> None:
     assert spp("evaluate", f"run={run}", "views=ten_crop").code == 0
     _, file = read(run / "evaluations" / "test_ten_crop_32")
-    net = build.restore_classifier(build.load_run(run)).net
+    net = build.load_classifier(run / "checkpoints" / "last.ckpt").net
     for i in (0, 7):
         image = resized(pictures / str(file["paths"][i]))
         down, right = image.shape[1] - 32, image.shape[2] - 32
@@ -149,7 +149,7 @@ def test_full_images_at_their_own_shape_by_hand(spp: Spp, run: Path, pictures: P
     assert spp("evaluate", f"run={run}", "views=full_image", "batch_size=4").code == 0
     found, file = read(run / "evaluations" / "test_full_image_32")
     assert found["images"] == 9
-    net = build.restore_classifier(build.load_run(run)).net
+    net = build.load_classifier(run / "checkpoints" / "last.ckpt").net
     by_hand = [softmax_of(net, resized(pictures / str(path))) for path in file["paths"]]
     assert np.allclose(file["scores"], torch.stack(by_hand), atol=1e-5)
 

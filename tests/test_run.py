@@ -93,7 +93,7 @@ def test_the_environment_says_what_a_result_depends_on(tmp_path: Path, monkeypat
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["spp", "train", "seed=1"])
-    found = environment("seed: 1\n", "abc")
+    found = environment(["spp", "train", "seed=1"], "seed: 1\n", "abc")
     assert found["command"] == ["spp", "train", "seed=1"]
     assert found["folder"] == str(tmp_path)
     assert found["commit"] is None and found["diff"] is None  # no repository here

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -370,7 +372,7 @@ class Loader(Generic[Batch]):
             num_workers=processes,
             persistent_workers=processes > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=leave_signals_to_the_parent if processes else None,
+            worker_init_fn=live_and_die_with_the_parent if processes else None,
         )
         self._in_thread = num_workers == "thread"
 
@@ -403,8 +405,13 @@ class Loader(Generic[Batch]):
         self._loader._iterator = iterator
 
 
-def leave_signals_to_the_parent(worker: int) -> None:
-    """In a worker: Ctrl-C and what a cluster sends go to the whole group, and the program wants its next batch yet."""
+def live_and_die_with_the_parent(worker: int) -> None:
+    """In a worker: leave signals to the parent, and end when it does."""
+    if sys.platform == "linux":
+        # A worker that outlives its parent, up to five seconds, holds open the connections by which other ranks would
+        # know of its end. 1 is PR_SET_PDEATHSIG.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    # Ctrl-C and what a cluster sends go to the whole group, and the program wants its next batch yet.
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

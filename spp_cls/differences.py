@@ -1,0 +1,116 @@
+"""What differs between the run that wrote a checkpoint and the command that goes on from it, and what comes of it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from lightning import Trainer
+
+from . import __version__
+from .run import processor
+
+HARMLESS, CHANGES, REFUSED = "harmless", "changes the result", "refused"
+
+# What a difference in a setting does; the longest key that a setting lies under decides. Refused is what the checkpoint
+# holds already, so that another value would be ignored, or what its position is counted in.
+KINDS = {
+    "": CHANGES,
+    **dict.fromkeys(("name", "tags", "test", "views", "logger", "checkpoint", "optimized_metric"), HARMLESS),
+    **dict.fromkeys(("model", "data", "optimizer", "classifier", "seed", "init"), REFUSED),
+    **dict.fromkeys(("model.init_from", "model.weights"), HARMLESS),
+    # The index and the pixels are compared themselves.
+    **dict.fromkeys(("data.root", "data.num_workers", "data.on_bad", "data.max_bad"), HARMLESS),
+    **dict.fromkeys(("data.cache", "data.cache_folder"), HARMLESS),
+    **dict.fromkeys(("data.val_sizes", "data.flip", "data.colour", "data.place"), CHANGES),
+    **dict.fromkeys(("classifier.label_smoothing", "classifier.class_weights"), CHANGES),
+    **dict.fromkeys(("trainer.accumulate_grad_batches", "trainer.limit_train_batches"), REFUSED),
+    "trainer.overfit_batches": REFUSED,
+    "callbacks.best.dirpath": HARMLESS,  # the run folder, which may have been moved
+    # Devices and ranks are compared as they are, not as they were asked for.
+    **dict.fromkeys(("trainer.accelerator", "trainer.devices", "trainer.num_nodes"), HARMLESS),
+    **dict.fromkeys(("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.profiler"), HARMLESS),
+    **dict.fromkeys(("trainer.limit_test_batches", "trainer.limit_predict_batches"), HARMLESS),
+    **dict.fromkeys(("trainer.log_every_n_steps", "trainer.num_sanity_val_steps"), HARMLESS),
+}
+
+
+OF_THE_COMMAND = ("ckpt_path", "resume", "trust")  # by nature others when a run goes on
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that was `before` in the run and is `now` in the command; `kind` says what comes of it."""
+
+    key: str
+    before: Any
+    now: Any
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before} → {self.now}"
+
+    @property
+    def refusal(self) -> str:
+        """Why a run cannot go on with this, and what would be right."""
+        alone = "or take its weights alone, by model.init_from"
+        if self.key == "index":
+            return f"its run was trained on other pictures than these; give the same, {alone}"
+        if self.key == "pixels":
+            return (
+                f"its run read {self.before or 'files'}, this one {self.now}: go on with the same data.cache; "
+                "raw and null give the same pixels"
+            )
+        return f"its run has {self.key}={self.before}, here it is {self.now}; go on with the same, {alone}"
+
+
+def machine(trainer: Trainer) -> dict[str, Any]:
+    """What the bits of a result depend on beside the config: versions, the device, threads and ranks."""
+    device = trainer.strategy.root_device
+    return {
+        "spp_cls": __version__,
+        "torch": str(torch.__version__),  # a plain str: no checkpoint holds a TorchVersion
+        "lightning": metadata.version("lightning"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processor": f"{platform.machine()} {processor()}",
+        "threads": torch.get_num_threads(),
+        "ranks": trainer.world_size,
+    }
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
+    """What differs between two identities (see `build.identity`), sorted by key."""
+    found = []
+    for key in ("index", "pixels"):
+        if before.get(key) != now.get(key):
+            found.append(Difference(key, before.get(key), now.get(key), REFUSED))
+    was, is_ = (dict(_flat(identity.get("config", {}))) for identity in (before, now))
+    for key in sorted({*was, *is_}):
+        if was.get(key) != is_.get(key) and key not in OF_THE_COMMAND:
+            found.append(Difference(key, was.get(key), is_.get(key), _kind(key, was, is_)))
+    ran, runs = (identity.get("machine", {}) for identity in (before, now))
+    for key in sorted({*ran, *runs}):
+        if ran.get(key) != runs.get(key):
+            found.append(Difference(key, ran.get(key), runs.get(key), CHANGES))
+    return found
+
+
+def _kind(key: str, *configs: dict[str, Any]) -> str:
+    # Whole pictures fall into batches of their own, in which the position is counted.
+    if key.startswith("sizes") and any("FullImage" in str(config.get("sizes._target_")) for config in configs):
+        return REFUSED
+    while key not in KINDS:
+        key = key.rpartition(".")[0]
+    return KINDS[key]
+
+
+def _flat(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(config, dict):
+        for name, value in config.items():
+            yield from _flat(value, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, config

@@ -1,0 +1,135 @@
+"""The processes of one run, its ranks: who started them, and how they come to do the same.
+
+Lightning starts them on one machine (`trainer=ddp`: rank 0 starts the others, by its own command), torchrun and SLURM
+on one or several. What depends on the moment (the run folder's name, which run `resume=auto` finds) rank 0 decides.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+_kept: list[Any] = []  # the store of a rank 0 that serves it, which ends with it
+
+
+class Place(NamedTuple):
+    """Which rank this process is, of how many, how many of them on this machine, and who started it."""
+
+    rank: int
+    ranks: int
+    on_this_machine: int
+    started_by: str  # torchrun, SLURM, Lightning (another rank 0), or nobody
+
+
+def place() -> Place:
+    """What the environment says of this process, before Lightning has started ranks of its own."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        ranks = int(env["WORLD_SIZE"])
+        return Place(int(env["RANK"]), ranks, int(env.get("LOCAL_WORLD_SIZE", ranks)), "torchrun")
+    if int(env.get("LOCAL_RANK", 0)) > 0 and "MASTER_PORT" in env:
+        return Place(int(env["LOCAL_RANK"]), int(env.get("WORLD_SIZE", 2)), 0, "Lightning")
+    # A shell inside an allocation has these as well, but is no task of srun; Lightning tells it by its name.
+    if "SLURM_PROCID" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        ranks = int(env.get("SLURM_NTASKS", 1))
+        return Place(int(env["SLURM_PROCID"]), ranks, ranks // int(env.get("SLURM_NNODES", 1)), "SLURM")
+    return Place(0, 1, 1, "nobody")
+
+
+def restarted() -> bool:
+    """Whether torchrun or SLURM started this job before, and starts it again."""
+    return any(int(os.environ.get(name, 0)) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def same_words(words: list[str], decide: Callable[[list[str]], list[str]]) -> list[str]:
+    """The words of a command after `decide`, which rank 0 asks, for all ranks.
+
+    ValueError of `decide` ends rank 0; the others end with exit code 2 and leave it to that to say why.
+    """
+    here = place()
+    if here.started_by == "Lightning":
+        follow_parent()
+        return words  # rank 0 has put there what it decided
+    if here.ranks == 1:
+        return decide(words)
+    follow_parent()
+    store = _store(here)
+    key = f"spp_cls/words/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    if here.rank:
+        said = json.loads(store.get(key))
+        if said is None:
+            sys.exit(2)
+        return [*said, "hydra.output_subdir=null"]  # one rank writes .hydra
+    decided = None
+    try:
+        decided = decide(words)
+        return decided
+    finally:
+        store.set(key, json.dumps(decided))
+
+
+def _store(here: Place) -> Any:
+    """What all ranks can read and rank 0 write; torch.distributed meets there later too."""
+    from torch import distributed
+
+    if here.started_by == "SLURM":
+        from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+        slurm = SLURMEnvironment(auto_requeue=False)
+        store = distributed.TCPStore(  # type: ignore[attr-defined]
+            slurm.main_address,
+            slurm.main_port,
+            is_master=here.rank == 0,
+            timeout=timedelta(minutes=10),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    else:
+        store, _, _ = next(distributed.rendezvous("env://"))  # type: ignore[attr-defined]
+    _kept.append(store)
+    return store
+
+
+def follow_parent(every: float = 0.5) -> None:
+    """End this process, at once and whatever it waits for, when the one that started it is gone."""
+    parent = os.getppid()
+
+    def follow() -> None:
+        while os.getppid() == parent:
+            time.sleep(every)
+        end(f"rank {place().rank}: the process that started it is gone, so it ends")
+
+    threading.Thread(target=follow, name="spp_cls follow_parent", daemon=True).start()
+
+
+def end(reason: str) -> None:
+    """End this process from any thread, whatever its others are doing: no lock is waited for, nothing is saved."""
+    os.write(2, f"spp: {reason}\n".encode())
+    os._exit(1)
+
+
+def largest(number: int) -> int:
+    """The largest of the numbers that the ranks call this with, all of them at the same point."""
+    import torch
+    from torch import distributed
+
+    if not distributed.is_available() or not distributed.is_initialized():
+        return number
+    tensor = torch.tensor(number)
+    distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX, group=_hosts(distributed.group.WORLD))
+    return int(tensor)
+
+
+@lru_cache(maxsize=1)
+def _hosts(world: Any) -> Any:
+    """The ranks of `world` by way of their hosts, so that none has to wait for what its device is still computing."""
+    from torch import distributed
+
+    return distributed.new_group(backend="gloo")
