@@ -121,7 +121,8 @@ class Classifier(LightningModule):
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of each image (B,), weighted by class."""
-        losses = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=self.label_smoothing)
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        losses = F.cross_entropy(wide, labels, reduction="none", label_smoothing=self.label_smoothing)
         weights = self.class_weights
         return losses if weights is None else losses * weights[labels]  # type: ignore[index]
 
