@@ -88,15 +88,13 @@ class Watch(Callback):
         self.folder = folder  # of the run
         self._group: Any = None
         self._threads: list[threading.Thread] = []
-        self._rank = 0
+        self._rank, self._done = 0, False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.world_size == 1 or not distributed.is_initialized() or self._group is not None:
             return
-        self._group, self._rank = (
-            distributed.new_group(backend="gloo", timeout=timedelta(days=1000)),
-            trainer.global_rank,
-        )
+        self._group = distributed.new_group(backend="gloo", timeout=timedelta(days=1000))
+        self._rank, self._done = trainer.global_rank, False
         others = range(1, trainer.world_size) if self._rank == 0 else (0,)
         self._threads = [threading.Thread(target=self._wait_for, args=(other,), daemon=True) for other in others]
         for thread in self._threads:
@@ -116,7 +114,7 @@ class Watch(Callback):
         try:
             distributed.recv(word, src=other, group=self._group)
         except RuntimeError:
-            word[0] = 1 + other
+            word[0] = 0 if self._done else 1 + other
         if word:
             ended = int(word) - 1
             if self._rank == 0:
@@ -128,6 +126,7 @@ class Watch(Callback):
     def _say_farewell(self) -> None:
         if self._group is None:
             return
+        self._done = True
         self._tell(0, range(1, distributed.get_world_size()) if self._rank == 0 else (0,))
         for thread in self._threads:
             thread.join(timeout=10)
@@ -136,7 +135,7 @@ class Watch(Callback):
     def _tell(self, word: int, others: Iterable[int]) -> None:
         for other in others:
             with contextlib.suppress(RuntimeError):
-                distributed.isend(torch.tensor([word]), dst=other, group=self._group)
+                distributed.send(torch.tensor([word]), dst=other, group=self._group)
 
 
 class Timing(Callback):

@@ -20,14 +20,22 @@ Row = dict[str, Any]  # a line of history.jsonl
 LONG = 5000  # rows that take long enough for a progress bar
 
 
+def shown(row: Row) -> dict[str, float]:
+    """The values of `row` by the names that dashboards show; the mean of an epoch is no point on the steps' curve."""
+    values = {k if "/" in k else f"train/{k}": v for k, v in row.items() if k not in ("epoch", "step")}
+    if "loss" not in row and "train/loss" in values:
+        values["train/epoch_loss"] = values.pop("train/loss")
+    return values
+
+
 def log(loggers: Sequence[Logger], rows: Sequence[Row], first: int = 0) -> None:
     """Write `rows`, of which the first is line `first` of the history, to each of `loggers`."""
     for number, row in enumerate(tqdm(rows, "dashboard", disable=len(rows) < LONG or None, leave=False), first):
-        values = {k if "/" in k else f"train/{k}": v for k, v in row.items() if k not in ("epoch", "step")}
+        values = shown(row)
         for logger in loggers:
             if isinstance(logger, WandbLogger):
-                # Its own count of steps would give a row that comes again a second place. A server that has rows
-                # already, from before a kill, says where they end; it would refuse them again with a warning each.
+                # By its own count of steps a row that comes again would stand there twice. Where a server has rows from
+                # before a kill, it says how many; each of them would be refused with a warning.
                 if number >= logger.experiment.starting_step:
                     named = _add_prefix({"epoch": row["epoch"], **values}, logger._prefix, logger.LOGGER_JOIN_CHAR)
                     logger.experiment.log({**named, "trainer/global_step": row["step"]}, step=number)
@@ -49,8 +57,10 @@ def begin(loggers: Sequence[Logger], rows: Sequence[Row], known: Sequence[str] =
         elif isinstance(logger, WandbLogger):
             if logger.experiment.offline:
                 _remove_offline(logger)
-            log([logger], rows)
-        elif isinstance(logger, CSVLogger):  # Lightning has removed the file
+            start = logger.experiment.step  # 0, but where a server has rows, or where this process has logged before
+            log([logger], rows[start:], start)
+        elif isinstance(logger, CSVLogger):
+            Path(logger.experiment.metrics_file_path).unlink(missing_ok=True)
             log([logger], rows)
     save(loggers)
     return [file.name for each in loggers if isinstance(each, TensorBoardLogger) for file in _event_files(each)]
@@ -60,15 +70,15 @@ def _begin_tensorboard(logger: TensorBoardLogger, rows: Sequence[Row], known: Se
     """Tell its reader to forget all from a step on, as SummaryWriter's purge_step does, and write that part anew."""
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-    writer: Any = logger.experiment
-    own = Path(writer.file_writer.event_writer._file_name).name
+    writer: Any = logger.experiment._get_file_writer()
+    own = Path(writer.event_writer._file_name).name
     before = [file for file in _event_files(logger) if file.name != own]
     # Not from the next step on: the row of an epoch has the number of its last step, and may be past the checkpoint.
     start = rows[-1]["step"] if rows and any(file.name in known for file in before) else 0
     if any(file.name > own for file in before):  # read by name, which has the second by another machine's clock
         for file in before:
             file.rename(file.with_name(file.name.replace("tfevents.", "tfevents.0.", 1)))
-    writer.file_writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step=start)
+    writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step=start)
     log([logger], [row for row in rows if row["step"] >= start])
 
 
@@ -77,7 +87,7 @@ def _event_files(logger: TensorBoardLogger) -> list[Path]:
 
 
 def _remove_offline(logger: WandbLogger) -> None:
-    """Remove the offline runs of the same id beside this one, which would be sent besides: none can be gone on with."""
+    """Remove older offline runs of the same id, which would be sent besides: none can be gone on with."""
     here = Path(logger.experiment.dir).parent
     for old in here.parent.glob(f"offline-run-*/run-{glob.escape(str(logger.experiment.id))}.wandb"):
         if old.parent != here:
@@ -97,7 +107,7 @@ def rebuild(logger: Logger, rows: Sequence[Row], config: dict[str, Any]) -> str:
             old.unlink()
         # Lightning writes the metrics that stand beside them as scalars, too: those make way for `rows`.
         last = next((row for row in reversed(rows) if "loss" not in row), rows[-1])
-        logger.log_hyperparams(config, {name: last[name] for name in last if "/" in name}, last["step"])
+        logger.log_hyperparams(config, shown(last), last["step"])
     else:
         logger.log_hyperparams(config)
     begin([logger], rows)

@@ -265,6 +265,8 @@ class History(Callback):
         self._flush(trainer)
         if trainer.is_global_zero:
             dashboards.save(trainer.loggers)  # which go on from here, too
+            with self.path.open("ab") as file:
+                os.fsync(file.fileno())  # a checkpoint that outlives a power cut counts on these lines
         states = checkpoint.get("callbacks", {})
         if self.state_key in states:  # taken before the flush
             states[self.state_key] = self.state_dict()

@@ -6,6 +6,7 @@ results.json      errors at the end                  checkpoints/    last.ckpt, 
 tensorboard/      if that logger is on, as csv/,     evaluations/    what `spp evaluate` wrote
                   and wandb/ with wandb_id
 events.jsonl      what happened to it: signals, resumes and what they changed
+exports/          what `spp export` wrote
 """
 
 from __future__ import annotations

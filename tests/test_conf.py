@@ -22,7 +22,7 @@ from spp_cls.door import conf_folder, register_resolvers
 
 CONF = conf_folder()
 FILES = {folder.name: sorted(p.stem for p in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()}
-VERBS = ["train", "evaluate", "predict", "plan", "check", "cache"]
+VERBS = ["train", "evaluate", "predict", "export", "plan", "check", "log", "cache"]
 
 Node = dict[str, Any]
 

@@ -13,7 +13,7 @@ import pytest
 import spp_cls
 
 PACKAGE = Path(spp_cls.__file__).parent
-PROGRAMS = ("train", "evaluate", "predict", "plan", "check", "cache")
+PROGRAMS = ("train", "evaluate", "predict", "export", "plan", "check", "log", "cache")
 KNOW_HYDRA = {f"spp_cls.{name}" for name in ("door", "build", *PROGRAMS)}
 
 
@@ -76,7 +76,9 @@ def test_data_and_nets_know_nothing_of_each_other() -> None:
 
 def test_the_classifier_is_handed_its_net_and_its_data() -> None:
     own = {name for name in IMPORTS["spp_cls.classifier"] if inside(name, "spp_cls")}
-    assert own == {"spp_cls.schedules", "spp_cls.schedules.Schedule"}
+    # The one way back: a checkpoint alone says what net it was, and to build that is the build's.
+    way_back = {"spp_cls.build", "spp_cls.build.load_classifier"}
+    assert own == {"spp_cls.schedules", "spp_cls.schedules.Schedule", *way_back}
 
 
 def test_hydra_stands_in_the_door_the_build_and_the_programs_alone() -> None:
@@ -85,7 +87,9 @@ def test_hydra_stands_in_the_door_the_build_and_the_programs_alone() -> None:
         assert not hydra or module in KNOW_HYDRA, (module, hydra)
 
 
-@pytest.mark.parametrize("module", ["classifier", "cost", "schedules", "models", "data"])
+@pytest.mark.parametrize(
+    "module", ["cost", "schedules", "models", "data", "differences", "ranks", "resume", "callbacks"]
+)
 def test_nothing_points_back_to_the_programs(module: str) -> None:
     for name, names in those_inside(f"spp_cls.{module}"):
         assert not [n for n in names for above in KNOW_HYDRA | {"spp_cls.__main__"} if inside(n, above)], name

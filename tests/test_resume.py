@@ -266,8 +266,8 @@ def test_history_of_two_epochs_by_hand(pictures: Path, tmp_path: Path, every: in
 
     # The loggers have the history's rows, and no others.
     def as_logged(row: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        values = {name if "/" in name else f"train/{name}": row[name] for name in row if name not in ("epoch", "step")}
-        return row["step"], {"epoch": row["epoch"], **values}
+        names = {"size": "train/size", "lr": "train/lr", "loss": "train/loss", "train/loss": "train/epoch_loss"}
+        return row["step"], {names.get(name, name): value for name, value in row.items() if name != "step"}
 
     assert logger.rows == [as_logged(row) for row in rows]
     assert isinstance(logger, Logger)

@@ -1,0 +1,79 @@
+"""`spp log`: write the dashboard of runs anew, from their histories."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, read_write
+
+from .door import open_door, quoted
+
+
+def run(config: DictConfig) -> None:
+    """Everything that `spp log` does with a config."""
+    from . import build, dashboards
+    from .resume import read_history
+    from .run import run_folder
+
+    build.quieten()
+    hydra: Any = HydraConfig.get()
+    if not config.logger:
+        raise ValueError("logger: nothing chosen; give one, like logger=tensorboard")
+    folders = [run_folder(path) for path in ([config.run] if isinstance(config.run, str) else config.run)]
+    for folder in folders:  # all of them, before anything is removed
+        if not read_history(folder):
+            raise ValueError(f"{folder / 'history.jsonl'}: no step is in it yet; name a run that has been trained")
+    for folder in folders:
+        rows, whole = read_history(folder), run_config(folder, config)
+        about: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
+        with read_write(hydra):  # the loggers write where this says
+            hydra.runtime.output_dir = str(folder.absolute())
+        for name, one in whole.logger.items():
+            logger = build.build_logger(one, str(name), folder)
+            try:
+                look = dashboards.rebuild(logger, rows, about)
+            finally:
+                dashboards.close([logger])
+            print(f"{folder}: {len(rows):,} lines of its history to {name}; look: {look}")
+        if not (folder / "results.json").is_file():
+            print(f"{folder}: has not ended; if it is in training now, do this again when it has", file=sys.stderr)
+
+
+def run_config(folder: Path, config: DictConfig) -> DictConfig:
+    """The config of the run `folder`, but with the loggers that `config` names.
+
+    What the run itself set for a logger, a project for one, holds where the command line says nothing else. Plain
+    values alone: nothing that somebody's run folder names is built.
+    """
+    own = OmegaConf.load(folder / "config.yaml")
+    assert isinstance(own, DictConfig)
+    before = own.get("logger") or {}
+    own.logger = OmegaConf.to_container(config.logger)
+    said = {word.lstrip("+").partition("=")[0] for word in HydraConfig.get().overrides.task}
+    for name, one in own.logger.items():
+        for key, value in (before.get(name) or {}).items():
+            plain = isinstance(value, str | int | float) and not key.startswith("_")
+            if plain and f"logger.{name}.{key}" not in said and not OmegaConf.is_interpolation(one, key):
+                one[key] = value
+    for key in ("name", "tags"):
+        own[key] = own.get(key) if config[key] is None else config[key]
+    return own
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The door; words that name a folder or are no key=value are run folders."""
+    settings: list[str] = []
+    folders: list[str] = []
+    for word in sys.argv[1:] if arguments is None else arguments:
+        is_setting = word.startswith(("-", "+", "~")) or "=" in word
+        (settings if is_setting and not Path(word).exists() else folders).append(word)
+    if folders:
+        settings.append(f"run=[{','.join(map(quoted, folders))}]")
+    open_door("log", run, settings)
+
+
+if __name__ == "__main__":
+    main()
