@@ -135,3 +135,39 @@ def test_an_even_size_is_refused() -> None:
 
 def test_repr_says_the_numbers() -> None:
     assert repr(within_channel()) == "LocalResponseNorm(mean_in_window, size=3, alpha=5e-05, beta=0.75, k=1.0)"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_however_large_a_block_is_the_bits_are_the_same(
+    kind: Kind, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = pixels(3, 8, 11, 6).to(dtype).requires_grad_()
+    grad = pixels(3, 8, 11, 6).flip(0).to(dtype)
+    found = []
+    for block in (10**9, 2 * 8 * 11 * 6, 8 * 6 * 4, 1):  # all images, two of them, four rows, one row
+        monkeypatch.setattr("spp_cls.models.norm.BLOCK", block)
+        out = kind()(x)
+        found.append((out, *torch.autograd.grad(out, x, grad)))
+    for one in found[1:]:
+        assert all(map(torch.equal, one, found[0]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiler_sees_the_same(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = pixels(2, 8, 11, 6).requires_grad_()
+    grad = pixels(2, 8, 11, 6).flip(0)
+    out = kind()(x)
+    (dx,) = torch.autograd.grad(out, x, grad)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    compiled = kind()(x)
+    torch.testing.assert_close(compiled, out, rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(compiled, x, grad)[0], dx, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_but_the_input_is_kept_for_the_backward() -> None:
+    x = pixels(1, 8, 5, 5).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()), lambda _: None):
+        within_channel()(x)
+    assert kept == [x.data_ptr()]
