@@ -35,7 +35,7 @@ def spatial_pyramid_pool2d(
     elif pool == "max":
         maps = _max_pyramid(input, levels)
     else:
-        maps = {n: F.adaptive_avg_pool2d(input, n) for n in set(levels)}
+        maps = {n: _adaptive_average(input, n) for n in set(levels)}
     return torch.cat([maps[n].flatten(1) for n in levels], dim=1)  # (B, C, n, n) → (B, C·n²) each
 
 
@@ -55,27 +55,47 @@ def _max_pyramid(input: Tensor, levels: Sequence[int]) -> dict[int, Tensor]:
 def _adaptive_max(input: Tensor, n: int) -> Tensor:
     # adaptive_max_pool2d has Appendix A's bins, but no deterministic backward on CUDA (pytorch#131972), wrong values
     # on MPS where n does not divide the map (pytorch#190064), and no form that exports with a free size.
+    if torch.compiler.is_exporting():
+        return _axis_by_axis(input, n, "max")
     deterministic_cuda = input.is_cuda and torch.are_deterministic_algorithms_enabled()
-    if deterministic_cuda or input.device.type == "mps" or torch.compiler.is_exporting():
+    if deterministic_cuda or input.device.type == "mps":
         return _gathered_max(input, n)
     return F.adaptive_max_pool2d(input, n)
 
 
+def _adaptive_average(input: Tensor, n: int) -> Tensor:
+    # adaptive_avg_pool2d has Appendix A's bins, but no form that exports with a free size.
+    return _axis_by_axis(input, n, "average") if torch.compiler.is_exporting() else F.adaptive_avg_pool2d(input, n)
+
+
 def _gathered_max(input: Tensor, n: int) -> Tensor:
     """The same bins and bits from index_select and max_pool2d: each bin's cells are listed, short bins repeat one."""
-    rows, columns = (_cells(size, n, input.device) for size in input.shape[-2:])  # (n, k) each
+    rows, columns = (_cells(size, n, input.device)[0] for size in input.shape[-2:])  # (n, k) each
     gathered = input.index_select(-2, rows.flatten()).index_select(-1, columns.flatten())  # (B, C, n·kh, n·kw)
-    if torch.compiler.is_exporting():  # max_pool2d wants its window as numbers, and the size is a symbol here
-        in_rows = torch.unflatten(gathered, -1, (n, columns.shape[1])).amax(-1)  # (B, C, n·kh, n)
-        return torch.unflatten(in_rows, -2, (n, rows.shape[1])).amax(-2)
     return F.max_pool2d(gathered, (rows.shape[1], columns.shape[1]))
 
 
-def _cells(size: int, n: int, device: torch.device) -> Tensor:
-    """(n, k) cells of each bin along one axis; k = floor(size/n) + 2 is the longest that a bin can be."""
-    i = torch.arange(n, device=device)
+def _axis_by_axis(input: Tensor, n: int, pool: str) -> Tensor:
+    """The same bins for an exporter, to whom sizes are symbols and a window is no number; averages to a rounding."""
+    in_rows = _pool_last_axis(input, n, pool)  # (B, C, h, n)
+    return _pool_last_axis(in_rows.mT, n, pool).mT
+
+
+def _pool_last_axis(x: Tensor, n: int, pool: str) -> Tensor:
+    cells, own = _cells(x.shape[-1], n, x.device)
+    x = torch.unflatten(x.index_select(-1, cells.flatten()), -1, (n, cells.shape[1]))  # (…, n, k)
+    return x.amax(-1) if pool == "max" else (x * own).sum(-1) / own.sum(-1)
+
+
+def _cells(size: int, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(n, k) cells of each bin along one axis, and which are its own, not repeats of its last.
+
+    k = floor(size/n) + 2 is the longest that a bin can be.
+    """
+    i = torch.arange(n, device=device)[:, None]
     start, stop = i * size // n, ((i + 1) * size + n - 1) // n
-    return torch.minimum(start[:, None] + torch.arange(size // n + 2, device=device), stop[:, None] - 1)
+    cells = start + torch.arange(size // n + 2, device=device)
+    return torch.minimum(cells, stop - 1), cells < stop
 
 
 class SpatialPyramidPool2d(nn.Module):

@@ -186,13 +186,23 @@ def test_what_an_exporter_sees_is_the_same_bits_without_adaptive_pooling(monkeyp
     assert all(torch.equal(spatial_pyramid_pool2d(x, (6, 3, 2, 1)), y) for x, y in zip(inputs, expected, strict=True))
 
 
-def test_exports_with_a_free_size() -> None:
+def test_averages_for_an_exporter_are_those_of_adaptive_avg_pool2d(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [distinct(h, w) / 100 for h, w in ODD_SIZES]
+    expected = [spatial_pyramid_pool2d(x, (6, 4, 3, 1), "average") for x in inputs]
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    monkeypatch.setattr(pyramid.F, "adaptive_avg_pool2d", None)
+    for x, y in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(spatial_pyramid_pool2d(x, (6, 4, 3, 1), "average"), y, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("pool", ["max", "average"])
+def test_exports_with_a_free_size(pool: str) -> None:
     free = {dim: torch.export.Dim.AUTO for dim in (0, 2, 3)}
-    layer = SpatialPyramidPool2d((6, 3, 2, 1))
+    layer = SpatialPyramidPool2d((6, 3, 2, 1), pool)
     program = torch.export.export(layer, (torch.randn(2, 3, 13, 15),), dynamic_shapes=(free,)).module()
     for h, w in ((13, 13), (10, 10), (40, 7), (3, 4), (6, 12)):
         x = torch.randn(5, 3, h, w)
-        assert torch.equal(program(x), layer(x)), (h, w)
+        torch.testing.assert_close(program(x), layer(x), rtol=0, atol=0 if pool == "max" else 1e-6)
 
 
 # --- mistakes
