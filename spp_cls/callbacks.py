@@ -203,7 +203,9 @@ class Progress(TQDMProgressBar):
     """A bar with size, loss, images/s and the wait for data, and a line an epoch; without a terminal, the lines."""
 
     def __init__(self, timing: Timing) -> None:
-        super().__init__(refresh_rate=10 if sys.stderr.isatty() else 0, leave=False)
+        # Lightning draws it on standard output, which may well be a file.
+        in_terminal = sys.stderr.isatty() and sys.stdout.isatty()
+        super().__init__(refresh_rate=10 if in_terminal else 0, leave=False)
         self._timing = timing
         self._shapes: list[tuple[int, int]] = []  # those of this epoch, in the order that they came
         self._loss = torch.tensor(0.0)

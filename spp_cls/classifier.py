@@ -41,12 +41,13 @@ class Errors(Metric):
     def update(self, scores: Tensor, labels: Tensor, losses: Tensor) -> None:
         """`scores` (B, K) of any scale, `labels` (B,), `losses` (B,)."""
         best = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]  # (B, 5)
-        self.count += len(labels)
-        self.wrong1 += (~best[:, 0]).sum()
-        self.wrong5 += (~best.any(1)).sum()
+        # In place by name: `+=` would go through __setattr__ of Module, which takes its time.
+        self.count.add_(len(labels))
+        self.wrong1.add_((~best[:, 0]).sum())
+        self.wrong5.add_((~best.any(1)).sum())
         finite = losses.isfinite()  # no whole number stands for the others
-        self.not_finite += (~finite).sum()
-        self.loss += (losses.where(finite, 0).clamp(max=_LARGEST_LOSS) / _LOSS_UNIT).round().long().sum()
+        self.not_finite.add_((~finite).sum())
+        self.loss.add_((losses.where(finite, 0).clamp(max=_LARGEST_LOSS) / _LOSS_UNIT).round().long().sum())
 
     def compute(self) -> dict[str, float]:
         """The loss is nan where one of the losses was infinite or nan."""

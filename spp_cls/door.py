@@ -25,7 +25,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from .ranks import place, restarted, same_words
-from .run import newest_run, run_folder
+from .run import is_disk_full, newest_run, run_folder
 
 Program = Callable[[DictConfig], Any]
 OVERRIDES = Path(".hydra", "overrides.yaml")
@@ -154,6 +154,8 @@ def open_door(verb: str, program: Program, arguments: list[str]) -> None:
                 raise
             fail(verb, error)
         except Exception as error:
+            if is_disk_full(error) and not os.environ.get("HYDRA_FULL_ERROR"):
+                fail(verb, _on_full_disk(error, Path(HydraConfig.get().runtime.output_dir)))
             if type(error).__name__ != "MisconfigurationException" or os.environ.get("HYDRA_FULL_ERROR"):
                 raise
             fail(verb, error)
@@ -179,6 +181,14 @@ def fail(verb: str, error: BaseException | str) -> NoReturn:
     """One line on standard error, exit code 2."""
     print(f"spp {verb}: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def _on_full_disk(error: Exception, folder: Path) -> str:
+    """A checkpoint says itself what did not fit; of all else it is known where."""
+    if str(error).startswith("disk full: "):
+        return str(error)
+    go_on = f"; go on with spp train ckpt_path={folder}" if (folder / "checkpoints" / "last.ckpt").is_file() else ""
+    return f"disk full: {shutil.disk_usage(folder).free / 1e6:.0f} MB free at {folder}{go_on}"
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -232,10 +242,8 @@ def _go_on(arguments: list[str]) -> list[str]:
     if value == "last":
         folder = newest_run(Path("runs"))
     elif Path(value).is_file() and not any((p / "config.yaml").is_file() for p in Path(value).parents[:2]):
-        return [
-            *_named(arguments),
-            "trust=true",
-        ]  # a checkpoint by itself: its weights and position, what is typed here
+        # A checkpoint by itself: its weights and position, and what is typed here.
+        return [*_named(arguments), "trust=true"]
     else:
         folder = run_folder(value, "ckpt_path")
     settings = _settings_of(folder)
@@ -243,18 +251,17 @@ def _go_on(arguments: list[str]) -> list[str]:
         raise ValueError(
             f"{folder / OVERRIDES} does not exist: how that run was started is not known; name a checkpoint file"
         )
-    given_anew = {_key(word) for word in own}
-    kept = [word for word in settings if _key(word) not in given_anew]
-    at = [f"ckpt_path={quoted(value)}"] if Path(value).is_file() else []
-    return [*kept, *own, *_write_on(folder), *at]
+    given_anew = {word.partition("=")[0] for word in own}
+    kept = [word for word in settings if word.partition("=")[0] not in given_anew]
+    return [*kept, *own, *_write_on(folder, checkpoint=Path(value) if Path(value).is_file() else None)]
 
 
 def _key(word: str) -> str:
     return word.lstrip("+~").partition("=")[0]
 
 
-def _write_on(folder: Path, *more: str) -> list[str]:
-    checkpoint = folder / "checkpoints" / "last.ckpt"
+def _write_on(folder: Path, *more: str, checkpoint: Path | None = None) -> list[str]:
+    checkpoint = checkpoint or folder / "checkpoints" / "last.ckpt"
     return [*more, f"ckpt_path={quoted(checkpoint)}", f"hydra.run.dir={quoted(folder)}"]
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import dashboards
 from .ranks import largest, place
-from .run import CHECKPOINTS, note_event
+from .run import CHECKPOINTS, is_disk_full, note_event
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 PATIENCE = 20  # seconds; clusters give a job 30 between SIGTERM and SIGKILL
@@ -44,9 +44,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             os.replace(beside, target)
         except (OSError, RuntimeError) as error:
+            beside.unlink(missing_ok=True)  # what it took is free again
             free = shutil.disk_usage(target.parent).free
             needed = sum(t.numel() * t.element_size() for t in _tensors(checkpoint))
-            if free < needed:
+            if is_disk_full(error):
                 raise OSError(
                     f"disk full: {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free at {target.parent}; "
                     f"{target.name} is as it was"

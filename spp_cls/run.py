@@ -11,6 +11,7 @@ exports/          what `spp export` wrote
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 CHECKPOINTS = "checkpoints"
+FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # the second where there are quotas
 _PACKAGES = (
     "spp_cls",
     "torch",
@@ -80,6 +82,15 @@ def newest_run(runs: Path) -> Path:
     if not configs:
         raise ValueError(f"{runs}: no run there yet; name a run folder or a checkpoint")
     return configs[-1].parent
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether `error`, or what it came of, is that a disk or a quota is used up."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -171,11 +171,11 @@ def test_a_kill_while_earlier_rows_are_written(
 
     train(pictures, tmp_path, [], Kill(9, "on_before_backward"))
     with monkeypatch.context() as patch:
-        real = TensorBoardLogger.log_metrics
+        real = dashboards._write_event
         patch.setattr(
-            TensorBoardLogger,
-            "log_metrics",
-            lambda self, values, step: real(self, values, step) if step < 5 else killed_at_once(),
+            dashboards,
+            "_write_event",
+            lambda logger, values, step: real(logger, values, step) if step < 5 else killed_at_once(),
         )
         train(pictures, tmp_path, loggers_of(tmp_path, "tensorboard"), Kill(99, "on_before_backward"))
     assert max(step for _, step, _ in read_tensorboard(tmp_path / "tensorboard")) == 4

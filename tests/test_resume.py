@@ -83,12 +83,12 @@ def write(path: Path, **content: Any) -> None:
     AtomicCheckpointIO().save_checkpoint(content, path)
 
 
-def full_disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    """`torch.save` writes half of what it should, then the disk has no more; `free` bytes are left on it."""
+def full_disk(monkeypatch: pytest.MonkeyPatch, free: int, number: int = errno.ENOSPC) -> None:
+    """`torch.save` writes half of what it should, then fails with error `number`; `free` bytes are left on the disk."""
 
     def save(checkpoint: Any, file: Any) -> None:
         file.write(b"half a checkpoint")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("spp_cls.resume.torch.save", save)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, used=10**9 - free, free=free))
@@ -127,8 +127,8 @@ def test_another_error_comes_through_as_it_is(tmp_path: Path, monkeypatch: pytes
     path = tmp_path / LAST
     write(path, epoch=1)
     before = path.read_bytes()
-    full_disk(monkeypatch, free=10**9)
-    with pytest.raises(OSError, match="No space left on device"):
+    full_disk(monkeypatch, free=10**9, number=errno.EIO)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         write(path, weights=torch.zeros(10))
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
