@@ -23,7 +23,7 @@ demo: $(STAMP) ## train a multi-size net on pictures drawn here, test it, and sa
 	$(BIN)/spp train name=demo experiment=table2c_multi_size
 
 test: $(STAMP) ## the tests (2 minutes)
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 prove: $(STAMP) ## the slower proofs
 	$(BIN)/python -m pytest -n 2 -m slow

@@ -80,10 +80,10 @@ def test_a_max_pool_keeps_its_input_and_the_places_of_the_maxima() -> None:
     assert cost(net, (8, 8)).activation_bytes == 4 * 3 * 64 + 4 * 4 * 64 + 8 * 4 * 16
 
 
-def test_the_norm_keeps_its_input_and_one_map_more() -> None:
+def test_the_norm_keeps_its_input_and_its_output() -> None:
     nothing, norm = (cost(paper_net("zf5", kind), (224, 224)).activation_bytes for kind in ("none", "within_channel"))
-    # The ReLU's output, the norm's input, is kept in any case; more are the sum d and the norm's output.
-    assert norm - nothing == 4 * (96 * 110**2 + 256 * 27**2) * 2
+    # The ReLU's output, the norm's input, is kept in any case; more is the norm's output alone.
+    assert norm - nothing == 4 * (96 * 110**2 + 256 * 27**2)
 
 
 def test_memory_of_training() -> None:

@@ -148,6 +148,7 @@ def test_the_pyramid_alone_through_onnx_at_every_size() -> None:
         torch.testing.assert_close(average, both.average(maps), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_pool_that_rounds_up_and_a_map_of_one_cell(tmp_path: Path, few_sizes: None) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
