@@ -203,14 +203,15 @@ def squares(net: SPPNet, size: int, places: int) -> list[tuple[int, int]]:
 
 
 @torch.inference_mode()
-def windows(rounds: int, regions: int) -> list[dict[str, Any]]:
+def windows(rounds: int, regions: int, at_once: int) -> list[dict[str, Any]]:
     net = sppnet("zf5", 1000, norm="within_channel").to(memory_format=LAST).eval()
     look = geometry(net.backbone)
     rows = []
     for name, scales in {"views at six scales": SCALES, "ten views": (256,)}.items():
         places = {size: squares(net, size, 3 if len(scales) > 1 else 2) for size in scales}
-        pictures = {size: in_format(torch.randn(2, 3, size, size), LAST) for size in scales}  # and its mirror
-        views = 2 * sum(len(at) for at in places.values())
+        # Pictures of one shape go together, each with its mirror.
+        pictures = {size: in_format(torch.randn(2 * at_once, 3, size, size), LAST) for size in scales}
+        views = 2 * at_once * sum(len(at) for at in places.values())
 
         def on_maps(places: dict[int, Any] = places, pictures: dict[int, Tensor] = pictures) -> Tensor:
             pooled = []
@@ -219,7 +220,7 @@ def windows(rounds: int, regions: int) -> list[dict[str, Any]]:
                 cells = maps.shape[-1]
                 found = [
                     (mirror, rows[0], columns[0], rows[1], columns[1])
-                    for mirror in (0, 1)
+                    for mirror in range(2 * at_once)
                     for top, left in at
                     for rows, columns in [[look.window(first, 224, cells) for first in (top, left)]]
                 ]
@@ -231,7 +232,7 @@ def windows(rounds: int, regions: int) -> list[dict[str, Any]]:
             cut = [
                 pictures[size][mirror, :, top : top + 224, left : left + 224]
                 for size, at in places.items()
-                for mirror in (0, 1)
+                for mirror in range(2 * at_once)
                 for top, left in at
             ]
             logits: Tensor = net(in_format(torch.stack(cut), LAST))
@@ -240,11 +241,12 @@ def windows(rounds: int, regions: int) -> list[dict[str, Any]]:
         found = medians({"crops": crops, "maps": on_maps}, rounds)
         whole = cost(net, (224, 224)).forward_flops
         head = 2 * sum(layer.weight.numel() for layer in net.head if isinstance(layer, nn.Linear))
-        shared = sum(2 * (cost(net, (size, size)).forward_flops - head) for size in scales) + views * head
+        shared = sum(2 * at_once * (cost(net, (size, size)).forward_flops - head) for size in scales) + views * head
         ratio, allowed = found["crops"] / found["maps"], views * whole / shared
         rows.append(
             {
                 "what": name,
+                "pictures": at_once,
                 "views": views,
                 "seconds": {n: round(s, 3) for n, s in found.items()},
                 "ratio": round(ratio, 2),
@@ -283,6 +285,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=["norms", "pyramid", "step", "sizes", "windows"])
     parser.add_argument("--compile", action="store_true", help="compiled forms besides; needs a C++ compiler")
     parser.add_argument("--images", type=int, default=32, help="of a step")
+    parser.add_argument("--at-once", type=int, default=4, help="pictures whose views are computed together")
     parser.add_argument("--regions", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
@@ -295,7 +298,7 @@ def main() -> None:
         "pyramid": lambda: pyramid(rounds),
         "step": lambda: step(rounds, images, arguments.compile),
         "sizes": lambda: sizes(rounds, images),
-        "windows": lambda: windows(rounds, arguments.regions),
+        "windows": lambda: windows(rounds, arguments.regions, arguments.at_once),
     }
     for part in arguments.parts:
         result[part] = programs[part]()

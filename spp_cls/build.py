@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +141,25 @@ def build_classifier(
         identity=identity,
     )
     if config.compile:
-        classifier.net.compile(dynamic=False)  # one graph a size; in place, so that the weights keep their names
+        compile_net(classifier.net, config.compile_mode, bool(config.trainer.deterministic))
     return classifier
+
+
+COMPILE_MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+def compile_net(net: nn.Module, mode: str | None, exact: bool, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile `net` in place, so that its weights keep their names: one graph for each shape of a training batch."""
+    if mode not in COMPILE_MODES:
+        raise ValueError(f"compile_mode={mode}: use {', '.join(str(m) for m in COMPILE_MODES[1:])} or null")
+    if exact and mode in COMPILE_MODES[3:]:
+        raise ValueError(
+            f"compile_mode={mode} chooses kernels by timing, so that bits may differ; add trainer.deterministic=false, "
+            "or use reduce-overhead"
+        )
+    # Past its limit, 8, torch would go on uncompiled without a word; each size and kind of batch is a graph.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
+    net.compile(dynamic=False, mode=mode, backend=backend)
 
 
 def class_weights(config: DictConfig, datamodule: MultiSizeDataModule) -> list[float] | None:

@@ -117,7 +117,8 @@ class Classifier(LightningModule):
         self.test_scores: dict[int, tuple[int, Tensor]] = {}  # row in the index → label, scores (K,)
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.net(images)
+        # A compiled net has a graph for each shape of a batch. Testing has many shapes, and runs the net as it is.
+        logits: Tensor = self.net(images) if self.training else self.net._call_impl(images)  # type: ignore[no-untyped-call]
         return logits
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ class Classifier(LightningModule):
 
     def scores(self, views: Tensor) -> Tensor:
         """(B, V, 3, h, w) → class probabilities (B, K): the softmax of each view, averaged (He et al. 2014, §3.1.1)."""
-        logits = self.net(views.flatten(0, 1))  # (B·V, K)
+        logits = self(views.flatten(0, 1))  # (B·V, K)
         scores: Tensor = logits.float().softmax(-1)
         return torch.unflatten(scores, 0, views.shape[:2]).mean(1)  # (B, V, K) → (B, K)
 
@@ -165,6 +166,8 @@ class Classifier(LightningModule):
                 groups.setdefault(self._lr_factor(name, parameter), []).append(parameter)
         groups = {factor: parameters for factor, parameters in groups.items() if parameters}
         optimizer = self.optimizer([{"params": parameters} for parameters in groups.values()])
+        # A fused optimizer would unscale the gradients of 16-mixed itself, after they should have been clipped.
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         for group, factor in zip(optimizer.param_groups, groups, strict=True):
             group["lr"] *= factor
         total = max(1, int(self.trainer.estimated_stepping_batches))

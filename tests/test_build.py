@@ -18,6 +18,8 @@ from omegaconf import OmegaConf
 from spp_cls import build
 from spp_cls.classifier import Classifier
 from spp_cls.data import Views
+from spp_cls.models import sppnet
+from spp_cls.schedules import constant
 
 SGD = {"_target_": "torch.optim.SGD", "_partial_": True}
 
@@ -313,3 +315,39 @@ def test_other_devices_than_those_that_were_started(monkeypatch: pytest.MonkeyPa
     line = "trainer.devices=1, trainer.num_nodes=1: torchrun has started 4 processes on each of 1 machines; use trainer"
     with pytest.raises(ValueError, match=line):
         build.with_the_ranks_there_are(OmegaConf.create({"devices": 1, "num_nodes": 1}))
+
+
+# Compiling
+
+
+def test_one_graph_a_size_and_none_after_the_first_epoch_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = 0
+
+    def backend(module: torch.fx.GraphModule, _: Any) -> Any:  # in place of inductor, which needs a C++ compiler
+        nonlocal graphs
+        graphs += 1
+        return module.forward
+
+    torch._dynamo.reset()
+    net = sppnet("tiny", 3, width=0.1)
+    keys = list(net.state_dict())
+    build.compile_net(net, None, exact=True, backend=backend)
+    assert list(net.state_dict()) == keys
+    classifier = Classifier(net, partial(torch.optim.SGD, lr=0.1), constant)
+    sizes = [*range(64, 144, 8)]  # more than torch's own limit of 8
+    for epoch in range(2):
+        for size in sizes:
+            classifier.train()
+            classifier(torch.randn(2, 3, size, size)).sum().backward()
+            classifier.eval()
+            with torch.inference_mode():
+                classifier(torch.randn(3, 3, size, size))  # testing compiles nothing
+        assert graphs == len(sizes), epoch
+    torch._dynamo.reset()
+
+
+def test_kernels_that_are_chosen_by_timing_are_not_exact() -> None:
+    with pytest.raises(ValueError, match="compile_mode=max-autotune chooses kernels by timing.*deterministic=false"):
+        build.compile_net(torch.nn.Linear(1, 1), "max-autotune", exact=True)
+    with pytest.raises(ValueError, match="compile_mode=fast: use default, reduce-overhead, max-autotune"):
+        build.compile_net(torch.nn.Linear(1, 1), "fast", exact=False)
