@@ -64,7 +64,11 @@ def main(arguments: list[str] | None = None) -> None:
         hint = f"did you mean spp {near[0]}?" if near else f"verbs: {', '.join(VERBS)}"
         print(f"spp: there is no verb {verb!r}; {hint}", file=sys.stderr)
         sys.exit(2)
-    importlib.import_module(f"spp_cls.{verb}").main(rest)
+    try:
+        importlib.import_module(f"spp_cls.{verb}").main(rest)
+    except KeyboardInterrupt:  # where nothing is lost: training answers for itself
+        print(f"spp {verb}: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from .callbacks import MemoryProbe, PlannedSize, Progress, Timing, Watch
 from .classifier import Classifier
 from .dashboards import wandb_id
 from .data import MultiSizeDataModule
-from .differences import REFUSED, Difference, differences, machine
+from .differences import CHANGES, REFUSED, Difference, differences, machine
 from .door import nearest
 from .ranks import place
 from .resume import AtomicCheckpointIO, History, ResumePoint
@@ -310,7 +310,9 @@ def load_run(path: str | Path, which: str = "last", trust: bool = False) -> Run:
 
 
 def refuse_untrusted(config: Any, path: Path) -> None:
-    """Raise where `config`, read from `path`, names anything to build that was not written in `TRUSTED`."""
+    """Raise where `config`, read from `path` and resolved, names a thing to build that was not written in `TRUSTED`."""
+    if isinstance(config, str) and "${" in config:  # which would become another thing when it is built
+        raise ValueError(f"{path} holds {config!r}, which is worked out only later; add trust=true if you trust it")
     if isinstance(config, dict):
         target = config.get("_target_")
         if target is not None and not _is_trusted(target):
@@ -375,14 +377,51 @@ def restore_datamodule(run: Run, classifier: Classifier, root: str | None = None
     return datamodule
 
 
-def differences_from(checkpoint: Path, now: dict[str, Any]) -> list[Difference]:
-    """What differs between the run of `checkpoint` and a command of identity `now`; raises where it cannot go on."""
-    before = read_checkpoint(checkpoint)["spp_cls"]["identity"]
+def refuse_elsewhere(config: dict[str, Any], folder: Path, path: Path) -> None:
+    """Raise where callbacks or loggers, named by what was read from `path`, would write outside the run's `folder`."""
+    home = folder.resolve()
+
+    def look(value: Any) -> None:
+        if isinstance(value, dict | list):
+            for nested in value.values() if isinstance(value, dict) else value:
+                look(nested)
+        elif isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
+            inside = Path(value).resolve().is_relative_to(home)
+            if not inside:
+                raise ValueError(
+                    f"{path} would write to {value}, outside its run folder; add trust=true if you trust it"
+                )
+
+    look([config.get("callbacks"), config.get("logger")])
+
+
+def differences_from(checkpoint: Path, before: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
+    """What differs between the identity of `checkpoint` and that of a command; raises where it cannot go on."""
     found = differences(before, now)
     refused = next((one for one in found if one.kind == REFUSED), None)
     if refused is not None:
         raise ValueError(f"ckpt_path={checkpoint}: {refused.refusal}")
     return found
+
+
+def epochs_done(state: dict[str, Any]) -> int:
+    """How many epochs the run of the checkpoint `state` has ended."""
+    return int(state["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
+
+
+def refuse_to_go_back(state: dict[str, Any], config: DictConfig) -> None:
+    """Raise where more epochs are done than `config` asks for."""
+    done, wanted = epochs_done(state), config.trainer.get("max_epochs")
+    if wanted is not None and -1 < wanted < done:
+        raise ValueError(f"trainer.max_epochs={wanted}: {done} epochs are done; give {done} to test, or more to go on")
+
+
+def stop_again_only_as_before(trainer: Trainer, found: list[Difference]) -> None:
+    """A run that was stopped early stays so, unless it goes on with other callbacks, or further."""
+    changed = any(one.key.startswith(("callbacks.", "trainer.max_")) and one.kind == CHANGES for one in found)
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ResumePoint):
+            callback.stays_stopped = not changed
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from .cost import available_memory, cost, in_px, too_large
 from .ranks import end
+from .run import note_event
 
 
 class PlannedSize(Callback):
@@ -119,6 +120,8 @@ class Watch(Callback):
             ended = int(word) - 1
             if self._rank == 0:
                 self._tell(1 + ended, [t for t in range(1, distributed.get_world_size()) if t != ended])
+            if self._rank == (1 if ended == 0 else 0) and self.folder.is_dir():
+                note_event(self.folder, "a rank ended", rank=ended)
             last = self.folder / "checkpoints" / "last.ckpt"
             go_on = f"; go on with spp train ckpt_path={self.folder}" if last.is_file() else ""
             end(f"rank {ended} ended before its time, so rank {self._rank} does{go_on}")

@@ -24,11 +24,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from .ranks import place, restarted, same_words
-from .run import is_disk_full, newest_run, run_folder
+from .ranks import same_words
+from .run import is_disk_full
 
 Program = Callable[[DictConfig], Any]
-OVERRIDES = Path(".hydra", "overrides.yaml")
 
 # Names that people bring from the well-known Lightning + Hydra templates, and what is meant here.
 HINTS = {
@@ -128,6 +127,8 @@ def open_door(verb: str, program: Program, arguments: list[str]) -> None:
     A `conf` folder in the working folder adds to ours, and modules of the working folder can be named by `_target_`.
     The user's mistakes end with one line and exit code 2; HYDRA_FULL_ERROR=1 gives the traceback.
     """
+    from .going_on import go_on
+
     register_resolvers()
     sys.path.insert(0, os.getcwd())
     _typed[:] = sys.argv
@@ -139,9 +140,9 @@ def open_door(verb: str, program: Program, arguments: list[str]) -> None:
         arguments = [*arguments, *_own_conf(arguments)]
         arguments = _settings_first(arguments)
         if verb == "train" and not _only_asks(arguments):
-            arguments = _settings_first(same_words(arguments, _go_on))
+            arguments = _settings_first(same_words(arguments, go_on))
         if not _only_asks(arguments):
-            _check(verb, arguments)
+            check(verb, arguments)
     except ValueError as error:
         fail(verb, error)
 
@@ -155,7 +156,9 @@ def open_door(verb: str, program: Program, arguments: list[str]) -> None:
             fail(verb, error)
         except Exception as error:
             if is_disk_full(error) and not os.environ.get("HYDRA_FULL_ERROR"):
-                fail(verb, _on_full_disk(error, Path(HydraConfig.get().runtime.output_dir)))
+                fail(verb, _on_full_disk(error, Path(HydraConfig.get().runtime.output_dir)), code=1)
+            if isinstance(error, PermissionError) and not os.environ.get("HYDRA_FULL_ERROR"):
+                fail(verb, f"{error.filename}: cannot be written, or read ({error.strerror})")
             if type(error).__name__ != "MisconfigurationException" or os.environ.get("HYDRA_FULL_ERROR"):
                 raise
             fail(verb, error)
@@ -177,10 +180,10 @@ def typed() -> list[str]:
 _typed: list[str] = []
 
 
-def fail(verb: str, error: BaseException | str) -> NoReturn:
-    """One line on standard error, exit code 2."""
+def fail(verb: str, error: BaseException | str, code: int = 2) -> NoReturn:
+    """One line on standard error, and the exit code: 2 for what the user can mend in the command."""
     print(f"spp {verb}: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def _on_full_disk(error: Exception, folder: Path) -> str:
@@ -220,82 +223,6 @@ def _own_conf(arguments: list[str]) -> list[str]:
     return [f"hydra.searchpath=[{quoted(f'file://{own}')}]"]
 
 
-def _go_on(arguments: list[str]) -> list[str]:
-    """`ckpt_path=` of a run folder, or last: that run's own settings come first, and its folder is written on.
-
-    `resume=auto`, which is meant too where torchrun or SLURM starts a job again, is that of the newest unfinished run
-    of the same settings, and nothing where there is none.
-    """
-    given = [argument for argument in arguments if argument.startswith("ckpt_path=")]
-    value = given[-1].partition("=")[2].strip("\"'") if given else ""
-    asked = [argument.partition("=")[2] for argument in arguments if argument.startswith("resume=")]
-    own = [argument for argument in arguments if argument not in given]
-    if asked[-1:] == ["auto"] and value not in ("", "null"):
-        raise ValueError(f"resume=auto with ckpt_path={value}: give one of them")
-    if value in ("", "null"):
-        auto = asked[-1:] == ["auto"] or (not asked and restarted())
-        folder = _unfinished(_task_settings(arguments)) if auto else None
-        # What is typed here is what its run was started with, and so as trusted.
-        return [*own, *_write_on(folder, "trust=true")] if folder else _named(arguments)
-    if value == "best":
-        raise ValueError("ckpt_path=best: best.ckpt is for testing; training goes on from ckpt_path=last")
-    if value == "last":
-        folder = newest_run(Path("runs"))
-    elif Path(value).is_file() and not any((p / "config.yaml").is_file() for p in Path(value).parents[:2]):
-        # A checkpoint by itself: its weights and position, and what is typed here.
-        return [*_named(arguments), "trust=true"]
-    else:
-        folder = run_folder(value, "ckpt_path")
-    settings = _settings_of(folder)
-    if settings is None:
-        raise ValueError(
-            f"{folder / OVERRIDES} does not exist: how that run was started is not known; name a checkpoint file"
-        )
-    given_anew = {word.partition("=")[0] for word in own}
-    kept = [word for word in settings if word.partition("=")[0] not in given_anew]
-    return [*kept, *own, *_write_on(folder, checkpoint=Path(value) if Path(value).is_file() else None)]
-
-
-def _key(word: str) -> str:
-    return word.lstrip("+~").partition("=")[0]
-
-
-def _write_on(folder: Path, *more: str, checkpoint: Path | None = None) -> list[str]:
-    checkpoint = checkpoint or folder / "checkpoints" / "last.ckpt"
-    return [*more, f"ckpt_path={quoted(checkpoint)}", f"hydra.run.dir={quoted(folder)}"]
-
-
-def _named(arguments: list[str]) -> list[str]:
-    """With several ranks the run folder has one name, which cannot depend on when each of them asks for it."""
-    if place().ranks == 1:
-        return arguments
-    if {"-m", "--multirun"} & set(arguments):
-        raise ValueError("-m under torchrun or srun: each rank would run a grid of its own; start its runs one by one")
-    _check("train", arguments)
-    folder = _compose("train", [word for word in arguments if not word.startswith("-")], keep_hydra=True).hydra.run.dir
-    return [*arguments, f"hydra.run.dir={quoted(folder)}"]
-
-
-def _unfinished(settings: list[str]) -> Path | None:
-    """The run begun last of those that were started with `settings`, can be gone on with, and have not ended."""
-    folders = {path.parent.parent for path in Path("runs").glob("**/checkpoints/last.ckpt")}
-    for folder in sorted(folders, key=lambda folder: folder.name, reverse=True):
-        if not (folder / "results.json").is_file() and _settings_of(folder) == settings:
-            return folder
-    return None
-
-
-def _settings_of(folder: Path) -> list[str] | None:
-    """What the run of `folder` was started with; None where that is not known."""
-    overrides = folder / OVERRIDES
-    return _task_settings(map(str, OmegaConf.load(overrides))) if overrides.is_file() else None
-
-
-def _task_settings(words: Iterable[str]) -> list[str]:
-    """Of the words of a command line those that say what is trained, and nothing that Hydra would run."""
-    return [word for word in words if not re.match(r"-|[+~]*(hydra[./@=:]|(resume|ckpt_path|trust)=)", word)]
-
-
 def quoted(path: str | Path) -> str:
     """`path` as Hydra reads it back, whatever letters are in it."""
     # A backslash is itself but before a quote, where it must be doubled, and before a dollar, where it hides that.
@@ -318,7 +245,7 @@ def _only_asks(arguments: list[str]) -> bool:
     return any(argument.split("=")[0] in asks for argument in arguments)
 
 
-def _check(verb: str, arguments: list[str]) -> None:
+def check(verb: str, arguments: list[str]) -> None:
     """Compose once beforehand, so that what is wrong can be said in one line with the nearest right word."""
     parsed, unknown = get_args_parser().parse_known_args(arguments)
     flags = [word for word in unknown if word.startswith("-")]
@@ -350,7 +277,7 @@ def _check(verb: str, arguments: list[str]) -> None:
 
 def _check_types(config: DictConfig, defaults: DictConfig) -> None:
     """A number stays a number, a list a list: else the mistake would show up deep in somebody's code."""
-    for key in _dotted(defaults):
+    for key in dotted(defaults):
         before, now = (OmegaConf.select(c, key, throw_on_resolution_failure=False) for c in (defaults, config))
         if before is None or now is None or _is(OmegaConf.is_interpolation, config, key):
             continue
@@ -382,7 +309,7 @@ def _choices(override: Override) -> list[str]:
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
-def _compose(name: str, words: list[str], keep_hydra: bool = False) -> DictConfig:
+def compose(name: str, words: list[str], keep_hydra: bool = False) -> DictConfig:
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3", job_name=name):
         config = hydra.compose(name, words, return_hydra_config=True)
@@ -395,19 +322,24 @@ def _compose(name: str, words: list[str], keep_hydra: bool = False) -> DictConfi
 
 def _compose_or_explain(name: str, words: list[str], overrides: list[Override]) -> None:
     try:
-        config = _compose(name, words)
+        config = compose(name, words)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ValueError(_explain(name, words, str(error))) from None
     groups = {*_groups(), "hydra.searchpath"}
-    _check_types(config, _compose(name, [word for word in words if _key(word) in groups]))
-    missing = [key for key in _dotted(config) if _is(OmegaConf.is_missing, config, key)]
+    _check_types(config, compose(name, [word for word in words if key_of(word) in groups]))
+    missing = [key for key in dotted(config) if _is(OmegaConf.is_missing, config, key)]
     if missing:
         raise ValueError(f"{missing[0]} has no value: give one, like {missing[0]}=…")
     added = [o.key_or_group.partition(".")[0] for o in overrides if o.is_add() or o.is_force_add()]
-    known = set(_compose(name, [])) if added else set()
+    known = set(compose(name, [])) if added else set()
     for key in added:
         if key not in known and key not in ("hydra", *_groups()):
             raise ValueError(f"+{key}: nothing here reads that key{nearest(key, known)}")
+
+
+def key_of(word: str) -> str:
+    """The key of the word of a command line that sets it."""
+    return word.lstrip("+~").partition("=")[0]
 
 
 def _explain(name: str, words: list[str], message: str) -> str:
@@ -437,11 +369,11 @@ def _explain(name: str, words: list[str], message: str) -> str:
         template = difflib.get_close_matches(wrong, HINTS, n=1, cutoff=0.9)
         if template:
             return f"{wrong}: there is no such key; here it is called {HINTS[template[0]]}"
-        others = [word for word in words if _key(word) != wrong]
+        others = [word for word in words if key_of(word) != wrong]
         try:
-            keys = _dotted(_compose(name, others))
+            keys = dotted(compose(name, others))
         except (HydraException, OmegaConfBaseException):
-            keys = _dotted(_compose(name, []))
+            keys = dotted(compose(name, []))
         return f"{wrong}: there is no such key{_nearest_key(wrong, keys) or f'; see spp {name} --cfg job'}"
     return message.splitlines()[0]
 
@@ -459,13 +391,13 @@ def _groups() -> list[str]:
     return [path.name for conf in (conf_folder(), Path.cwd() / "conf") for path in conf.glob("*") if path.is_dir()]
 
 
-def _dotted(config: Any, prefix: str = "") -> list[str]:
+def dotted(config: Any, prefix: str = "") -> list[str]:
     keys: list[str] = []
     for key in config:
         keys.append(f"{prefix}{key}")
         child = config._get_node(key)
         if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
-            keys += _dotted(child, f"{prefix}{key}.")
+            keys += dotted(child, f"{prefix}{key}.")
     return keys
 
 

@@ -11,6 +11,8 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from .door import open_door, quoted
 
+KEPT = ("project", "entity", "group")
+
 
 def run(config: DictConfig) -> None:
     """Everything that `spp log` does with a config."""
@@ -28,7 +30,7 @@ def run(config: DictConfig) -> None:
             raise ValueError(f"{folder / 'history.jsonl'}: no step is in it yet; name a run that has been trained")
     for folder in folders:
         rows, whole = read_history(folder), run_config(folder, config)
-        about: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
+        about: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))  # as it stands: it is resolved
         with read_write(hydra):  # the loggers write where this says
             hydra.runtime.output_dir = str(folder.absolute())
         for name, one in whole.logger.items():
@@ -45,18 +47,20 @@ def run(config: DictConfig) -> None:
 def run_config(folder: Path, config: DictConfig) -> DictConfig:
     """The config of the run `folder`, but with the loggers that `config` names.
 
-    What the run itself set for a logger, a project for one, holds where the command line says nothing else. Plain
-    values alone: nothing that somebody's run folder names is built.
+    What the run itself called its place on a dashboard, `KEPT`, holds where the command line says nothing else. Nothing
+    that somebody's run folder names is built, and no file but those of the run folder is written.
     """
-    own = OmegaConf.load(folder / "config.yaml")
+    path = folder / "config.yaml"
+    own = OmegaConf.load(path)
     assert isinstance(own, DictConfig)
+    if "${" in path.read_text():  # spp train writes what all is, not what it is to be worked out from
+        raise ValueError(f"{path}: holds ${{…}}, so that it is no config that spp train has written")
     before = own.get("logger") or {}
     own.logger = OmegaConf.to_container(config.logger)
     said = {word.lstrip("+").partition("=")[0] for word in HydraConfig.get().overrides.task}
     for name, one in own.logger.items():
         for key, value in (before.get(name) or {}).items():
-            plain = isinstance(value, str | int | float) and not key.startswith("_")
-            if plain and f"logger.{name}.{key}" not in said and not OmegaConf.is_interpolation(one, key):
+            if key in KEPT and isinstance(value, str) and f"logger.{name}.{key}" not in said:
                 one[key] = value
     for key in ("name", "tags"):
         own[key] = own.get(key) if config[key] is None else config[key]

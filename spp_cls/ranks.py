@@ -48,6 +48,12 @@ def restarted() -> bool:
     return any(int(os.environ.get(name, 0)) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
+def job() -> str | None:
+    """What torchrun calls the job that this process belongs to, over all its starts; None where it has no name."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if name == "none" else name
+
+
 def same_words(words: list[str], decide: Callable[[list[str]], list[str]]) -> list[str]:
     """The words of a command after `decide`, which rank 0 asks, for all ranks.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
@@ -27,7 +28,8 @@ from .run import CHECKPOINTS, is_disk_full, note_event
 LAST, BEST = "last.ckpt", "best.ckpt"
 PATIENCE = 20  # seconds; clusters give a job 30 between SIGTERM and SIGKILL
 REQUEUE = getattr(signal, "SIGUSR1", None)  # what SLURM is asked to send before a job's time is over
-SIGNALS = tuple(filter(None, (signal.SIGTERM, signal.SIGINT, REQUEUE)))
+HANGUP = getattr(signal, "SIGHUP", None)  # a terminal that is closed
+SIGNALS = tuple(filter(None, (signal.SIGTERM, signal.SIGINT, REQUEUE, HANGUP)))
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -77,9 +79,9 @@ class ResumePoint(Checkpoint):
     Every `every_minutes` by rank 0's clock, every `every_steps` steps besides, where these are given. Not after the
     last batch of an epoch: Lightning would skip that epoch's validation on resume.
 
-    SIGTERM and SIGINT (Ctrl-C) are answered at the next such point: it is saved, and the program ends with exit code
-    143 or 130; a second signal ends it at once. SIGUSR1 asks SLURM to queue the job anew besides. In a validation no
-    restart would be exact: if it has not ended `PATIENCE` seconds later, the program ends without a save.
+    SIGTERM, SIGINT (Ctrl-C) and SIGHUP are answered at the next such point: it is saved, and the program ends with exit
+    code 143, 130 or 129; a second signal ends it at once. SIGUSR1 asks SLURM to queue the job anew besides. In a
+    validation no restart would be exact: a rank that is alone ends unsaved if that takes `PATIENCE` seconds more.
     """
 
     def __init__(self, folder: Path, every_minutes: float | None = 10.0, every_steps: int | None = None) -> None:
@@ -93,18 +95,26 @@ class ResumePoint(Checkpoint):
         self._step = -1  # of the last save
         self._asked, self._asked_at = 0, 0.0  # the signal that came, and when
         self._handlers: dict[int, Any] = {}  # those that were there before
+        self.stays_stopped = True  # unless it goes on with other callbacks, or further
+        self._validating = False
         self._ignored = {number for number in SIGNALS if signal.getsignal(number) is signal.SIG_IGN}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """A run folder that was moved still knows its best checkpoint, which a worse one would replace else."""
-        here = str(self.path.parent)
-        for state in checkpoint["callbacks"].values():
-            there = state.get("dirpath")
-            if there and Path(here, Path(state["best_model_path"]).name).is_file():
-                state.update(_moved(state, there, here))
+        """A run folder that was moved still knows its best checkpoint, which a worse one would replace else.
+
+        And of a folder of somebody else's no file but its own is known, for Lightning removes what is no longer best.
+        """
+        for callback in trainer.checkpoint_callbacks:
+            state = checkpoint["callbacks"].get(callback.state_key)
+            if isinstance(callback, ModelCheckpoint) and isinstance(state, dict) and callback.dirpath is not None:
+                state.update(_moved(state, Path(callback.dirpath)))
+        trainer.should_stop = self.stays_stopped and bool(checkpoint.get("stopped"))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["stopped"] = bool(trainer.should_stop)  # early; Lightning forgets it
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._saved = time.monotonic()
+        self._saved, self._alone = time.monotonic(), trainer.world_size == 1
         if threading.current_thread() is threading.main_thread():  # no other may set a handler
             for number in SIGNALS:
                 # What was ignored stays so, as nohup and a shell's background want it; Lightning has put its own there.
@@ -117,6 +127,9 @@ class ResumePoint(Checkpoint):
         loop = trainer.fit_loop.epoch_loop
         if loop.batch_progress.is_last_batch or loop._should_accumulate():
             return
+        fetcher = trainer.fit_loop._data_fetcher
+        if fetcher is not None and loop._should_check_val_fx(fetcher):  # which a run that goes on from here would skip
+            return
         due = trainer.is_global_zero and time.monotonic() - self._saved >= self.every_seconds
         due = due or bool(self.every_steps and trainer.global_step % self.every_steps == 0)
         wanted = largest(self._asked or int(due))  # no signal has the number 1
@@ -124,6 +137,12 @@ class ResumePoint(Checkpoint):
             self._save(trainer)
         if wanted > 1:
             self._leave(trainer, wanted)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validating = True
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validating = False
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
         # Of several ranks each would have to ask the others at each batch.
@@ -154,7 +173,16 @@ class ResumePoint(Checkpoint):
             return
         self._asked, self._asked_at = number, time.monotonic()
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: ends as soon as it can be saved; again to end at once\n".encode())
+        ends = "after this step"
+        if self._validating:
+            ends = (
+                f"after this validation, or unsaved after {PATIENCE} seconds"
+                if self._alone
+                else "after this validation"
+            )
+        os.write(2, f"\n{name}: ends {ends}; again to end at once\n".encode())
+        with contextlib.suppress(OSError):
+            note_event(self.path.parent.parent, "signal", name=name)
 
     def _leave(self, trainer: Trainer, asked: int) -> None:
         """End the program: what was asked for is saved, or cannot be."""
@@ -164,7 +192,7 @@ class ResumePoint(Checkpoint):
             saved = f"saved after step {self._step}" if self._step >= 0 else "nothing was saved yet"
             go_on = f"; go on with spp train ckpt_path={self.path.parent.parent}" if self.path.is_file() else ""
             print(f"{name} at step {trainer.global_step}: {saved}{go_on}", file=sys.stderr)
-            note_event(self.path.parent.parent, "signal", name=name, step=trainer.global_step, saved=self._step)
+            note_event(self.path.parent.parent, "ended", by=name, step=trainer.global_step, saved=self._step)
         if asked == REQUEUE and requeue(trainer.is_global_zero):
             code = 0
         if place().started_by == "Lightning":  # which would kill rank 0 amid its farewell
@@ -187,10 +215,17 @@ def requeue(is_global_zero: bool) -> bool:
     return bool(job)
 
 
-def _moved(value: Any, there: str, here: str) -> Any:
-    if isinstance(value, dict):
-        return {_moved(k, there, here): _moved(v, there, here) for k, v in value.items()}
-    return here + value[len(there) :] if isinstance(value, str) and value.startswith(there) else value
+def _moved(state: dict[str, Any], here: Path) -> dict[str, Any]:
+    """The state of a ModelCheckpoint whose files lie in `here` now; those that do not are forgotten."""
+
+    def found(path: Any) -> str:
+        file = here / Path(str(path)).name
+        return str(file) if file.is_file() and not file.is_symlink() else ""
+
+    kept = {found(path): score for path, score in (state.get("best_k_models") or {}).items() if found(path)}
+    names = ("best_model_path", "kth_best_model_path", "last_model_path")
+    paths = {name: found(state[name]) if state.get(name) else "" for name in names if name in state}
+    return {"dirpath": str(here), "best_k_models": kept, **paths}
 
 
 class History(Callback):
@@ -210,6 +245,7 @@ class History(Callback):
         self._losses: list[Tensor] = []  # of the micro-batches of the step that is under way
         self._rows: list[dict[str, Any]] = []  # steps that are done but not written; their loss is still on the device
         self._waiting: list[Tensor] = []
+        self._errors: dict[str, float] = {}  # of this epoch's validation
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -243,13 +279,18 @@ class History(Callback):
         if len(self._rows) >= self.every:
             self._flush(trainer)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            values = trainer.callback_metrics
+            self._errors = {name: float(value) for name, value in values.items() if name.startswith("val/")}
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._flush(trainer)
-        values = {
-            name: float(value)
-            for name, value in sorted(trainer.callback_metrics.items())
-            if name.startswith(("train/", "val/"))
-        }
+        # Of the validation's errors those of an earlier epoch are still among them.
+        metrics = trainer.callback_metrics
+        means = {name: float(value) for name, value in sorted(metrics.items()) if name.startswith("train/")}
+        values = {**means, **dict(sorted(self._errors.items()))}
+        self._errors = {}
         if values:
             self._write(trainer, [{"epoch": trainer.current_epoch, "step": trainer.global_step, **values}])
 
@@ -257,10 +298,11 @@ class History(Callback):
         self._flush(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"offset": self._offset, "events": self._events}
+        return {"offset": self._offset, "events": self._events, "errors": self._errors}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._offset, self._events = state_dict["offset"], state_dict.get("events", [])
+        self._errors = state_dict.get("errors", {})
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._flush(trainer)
@@ -313,4 +355,11 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     path = folder / "history.jsonl"
     if not path.is_file():
         raise ValueError(f"{path}: no history there; name a run folder, like runs/shapes-tiny/2026-01-31_12-00-00_0000")
-    return [json.loads(line) for line in path.read_text().rpartition("\n")[0].splitlines()]
+    rows = []
+    for number, line in enumerate(path.read_text().rpartition("\n")[0].splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows.append({"epoch": int(row["epoch"]), "step": int(row["step"]), **row})
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{path}, line {number}: not a row of a history, with its epoch and step") from None
+    return rows

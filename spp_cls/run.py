@@ -11,19 +11,26 @@ exports/          what `spp export` wrote
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from .ranks import job
+
 CHECKPOINTS = "checkpoints"
+PATIENCE = 10.0
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # the second where there are quotas
 _PACKAGES = (
     "spp_cls",
@@ -76,12 +83,16 @@ def find_checkpoint(path: str | Path, which: str = "last") -> Path:
 
 
 def newest_run(runs: Path) -> Path:
-    """The run folder below `runs` that was begun last, of those with a checkpoint to go on from."""
-    found = [path.parent.parent / "config.yaml" for path in runs.glob("**/checkpoints/last.ckpt")]
-    configs = sorted(found, key=lambda path: path.parent.name)
-    if not configs:
+    """The run folder below `runs` that was begun last; raises ValueError where it has no checkpoint to go on from."""
+    configs = [path for path in runs.glob("**/config.yaml") if path.parent.name != ".hydra"]
+    folders = sorted((path.parent for path in configs), key=lambda folder: folder.name)
+    if not folders:
         raise ValueError(f"{runs}: no run there yet; name a run folder or a checkpoint")
-    return configs[-1].parent
+    saved = [folder for folder in folders if (folder / CHECKPOINTS / "last.ckpt").is_file()]
+    if folders[-1] not in saved:
+        instead = f", like {saved[-1]}" if saved else ""
+        raise ValueError(f"ckpt_path=last: the newest run, {folders[-1]}, has saved no checkpoint; name one{instead}")
+    return folders[-1]
 
 
 def is_disk_full(error: BaseException | None) -> bool:
@@ -112,8 +123,32 @@ def write_whole(path: Path, text: str) -> None:
 def note_event(folder: Path, event: str, **facts: Any) -> None:
     """Add a line to `events.jsonl`: what happened to a run from outside, and when (UTC)."""
     line = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "event": event, **facts}
-    with (folder / "events.jsonl").open("a") as file:
-        file.write(json.dumps(line, default=str) + "\n")
+    path = folder / "events.jsonl"
+    torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")  # by a kill
+    with path.open("a") as file:
+        file.write("\n" * torn + json.dumps(line, default=str) + "\n")
+
+
+@contextlib.contextmanager
+def in_training(folder: Path) -> Iterator[None]:
+    """While this lasts no other process trains the run of `folder`; the system ends it with the process, however.
+
+    Raises ValueError where another does, which is given `PATIENCE` seconds: it may be about to end.
+    """
+    held = FileLock(folder / "training.lock")
+    try:
+        held.acquire(timeout=PATIENCE)
+    except Timeout:
+        about = folder / "environment.json"
+        who = json.loads(about.read_text()) if about.is_file() else {}
+        raise ValueError(
+            f"{folder} is in training already, by process {who.get('process')} on {who.get('host')}; wait for it, or "
+            "stop it"
+        ) from None
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def digest(text: str) -> str:
@@ -133,9 +168,13 @@ def environment(command: list[str], config_yaml: str, index_digest: str) -> dict
             versions[package] = None
     return {
         "command": command,
+        "job": job(),
+        "host": platform.node(),
+        "process": os.getpid(),
         "folder": os.getcwd(),
         "commit": _git("rev-parse", "HEAD"),
         "diff": _git("diff", "HEAD"),
+        "spp_cls_commit": _git("-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"),
         "python": platform.python_version(),
         "versions": versions,
         "platform": platform.platform(),

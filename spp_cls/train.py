@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning import LightningDataModule, LightningModule, Trainer
     from torch import nn
 
+    from .classifier import Classifier
     from .data import MultiSizeDataModule
     from .differences import Difference
 
@@ -78,7 +79,7 @@ def run(config: DictConfig) -> float | None:
     """Everything that `spp train` does with a config; gives `optimized_metric` for sweepers."""
     from . import build, dashboards
     from .ranks import place
-    from .run import environment, find_checkpoint, write_json
+    from .run import find_checkpoint, in_training
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     several_ranks = config.trainer.devices not in (1, "1") or config.trainer.num_nodes != 1 or place().ranks > 1
@@ -87,70 +88,111 @@ def run(config: DictConfig) -> float | None:
             f"trainer.devices={config.trainer.devices} with -m: further ranks would run the whole grid again; "
             "start each of its runs by a command of its own"
         )
+    resolved: Any = OmegaConf.to_container(config, resolve=True)
     ckpt_path = find_checkpoint(config.ckpt_path) if config.ckpt_path else None
     if ckpt_path and not config.trust:  # before anything that it names is even imported
-        build.refuse_untrusted(OmegaConf.to_container(config, resolve=True), ckpt_path)
+        build.refuse_untrusted(resolved, ckpt_path)
+        build.refuse_elsewhere(resolved, folder, ckpt_path)
+    config = OmegaConf.create(resolved)  # what was looked at, and no interpolation that may yet give another thing
     build.check_arguments(config)
     if config.resume not in (None, "auto"):
         raise ValueError(f"resume={config.resume}: use auto or null; a run by its folder is ckpt_path=RUN")
+    state = build.read_checkpoint(ckpt_path) if ckpt_path else None
+    if state is not None:
+        assert ckpt_path is not None
+        before = {"config": state["spp_cls"]["identity"]["config"]}
+        build.differences_from(ckpt_path, before, {"config": resolved})  # before pictures are looked for
+        build.refuse_to_go_back(state, config)
     datamodule = build.build_datamodule(config)
     trainer = build.build_trainer(config, folder)
     identity = build.identity(config, datamodule, trainer)
-    found = build.differences_from(ckpt_path, identity) if ckpt_path else []
-    to_build = config.copy()
-    if ckpt_path and "init_from" in config.model:
-        to_build.model.init_from = None  # the checkpoint has the weights
-    classifier = build.build_classifier(to_build, identity, build.class_weights(config, datamodule))
+    found: list[Difference] = []
+    if state is not None:
+        assert ckpt_path is not None
+        found = build.differences_from(ckpt_path, state["spp_cls"]["identity"], identity)
+        build.stop_again_only_as_before(trainer, found)
+        if "init_from" in config.model:
+            config.model.init_from = None  # the checkpoint has the weights
+    classifier = build.build_classifier(config, identity, build.class_weights(config, datamodule))
     check(classifier.net, datamodule, trainer)
     _ = datamodule.pictures  # a cache that is wanted is made here, before other ranks are started
 
+    if not trainer.is_global_zero:
+        train(classifier, datamodule, trainer, ckpt_path, config.test)
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    with in_training(folder):
+        _write_what_begins(folder, OmegaConf.to_yaml(OmegaConf.create(resolved)), datamodule, classifier)
+        if state is not None and ckpt_path is not None:
+            _say_what_differs(folder, ckpt_path, state, found)
+        try:
+            metrics = train(classifier, datamodule, trainer, ckpt_path, config.test)
+        finally:
+            dashboards.close(trainer.loggers)
+        return _write_what_came_out(folder, trainer, metrics, config)
+
+
+def _write_what_begins(folder: Path, config: str, datamodule: MultiSizeDataModule, classifier: Classifier) -> None:
+    from .going_on import OVERRIDES, settings
+    from .run import environment, write_json, write_whole
+
     assert datamodule.index is not None
-    if trainer.is_global_zero:
-        resolved = OmegaConf.to_yaml(config, resolve=True)
-        (folder / "config.yaml").write_text(resolved)
-        left_out = {bad.path: bad.reason for bad in datamodule.index.bad}
-        about = {**environment(typed(), resolved, datamodule.index.digest), "left_out": left_out}
-        write_json(folder / "environment.json", about)
-        if ckpt_path:
-            _say_what_differs(folder, ckpt_path, found)
-        parameters = sum(p.numel() for p in classifier.net.parameters())
-        print(f"{datamodule.index.describe()}\nnet: {parameters:,} parameters\nrun: {folder}", file=sys.stderr)
+    write_whole(folder / "config.yaml", config)
+    left_out = {bad.path: bad.reason for bad in datamodule.index.bad}
+    write_json(
+        folder / "environment.json", {**environment(typed(), config, datamodule.index.digest), "left_out": left_out}
+    )
+    if settings():
+        write_whole(folder / OVERRIDES, OmegaConf.to_yaml(OmegaConf.create(settings())))
+    parameters = sum(p.numel() for p in classifier.net.parameters())
+    print(f"{datamodule.index.describe()}\nnet: {parameters:,} parameters\nrun: {folder}", file=sys.stderr)
 
-    try:
-        metrics = train(classifier, datamodule, trainer, ckpt_path, config.test)
-    finally:
-        dashboards.close(trainer.loggers)
-    if "train/loss" not in metrics:  # nothing was left to train
-        metrics = {**_last_epoch(folder), **metrics}
 
-    if trainer.is_global_zero:
-        write_json(folder / "results.json", {"epochs": trainer.current_epoch, **metrics})
-        _say_where(folder, metrics, config)
+def _write_what_came_out(folder: Path, trainer: Trainer, metrics: dict[str, float], config: DictConfig) -> float | None:
+    from .run import write_json
+
+    epochs = trainer.fit_loop.epoch_progress.current.completed
+    if "train/loss" not in metrics:
+        print(
+            f"nothing was left to train: {epochs} epochs are done; go further with trainer.max_epochs=…",
+            file=sys.stderr,
+        )
+    metrics = {**_last_values(folder), **metrics}  # of a validation before this epoch, or before it went on
+    write_json(folder / "results.json", {"epochs": epochs, **metrics})
+    _say_where(folder, metrics, config)
     name = config.optimized_metric
     if name and name not in metrics and not config.trainer.fast_dev_run:
+        if not any(known.startswith("val/") for known in metrics):
+            return None  # it ended before the first validation
         raise ValueError(f"optimized_metric={name}: no such metric; there are {', '.join(sorted(metrics))}")
     return metrics.get(name) if name else None
 
 
-def _say_what_differs(folder: Path, ckpt_path: Path, found: list[Difference]) -> None:
+def _say_what_differs(folder: Path, ckpt_path: Path, state: dict[str, Any], found: list[Difference]) -> None:
+    from .build import epochs_done
     from .differences import CHANGES
     from .run import note_event
 
+    step = state["global_step"]
+    print(f"goes on after step {step}, with {epochs_done(state)} epochs done", file=sys.stderr)
     changes = [difference for difference in found if difference.kind == CHANGES]
     if changes:
         lines = "\n  ".join(map(str, changes))
-        print(f"goes on otherwise than it began, so that the result will be another:\n  {lines}", file=sys.stderr)
+        print(f"otherwise than it began, so that the result will be another:\n  {lines}", file=sys.stderr)
     kinds: dict[str, dict[str, Any]] = {}
     for difference in found:
         kinds.setdefault(difference.kind, {})[difference.key] = [difference.before, difference.now]
-    note_event(folder, "resumed", checkpoint=ckpt_path, command=typed(), **kinds)
+    note_event(folder, "resumed", checkpoint=ckpt_path.resolve(), step=step, command=typed(), **kinds)
 
 
-def _last_epoch(folder: Path) -> dict[str, float]:
+def _last_values(folder: Path) -> dict[str, float]:
+    """The latest of each mean and error in the history."""
     from .resume import read_history
 
-    rows = [{name: value for name, value in row.items() if "/" in name} for row in read_history(folder)]
-    return next((row for row in reversed(rows) if row), {})
+    found: dict[str, float] = {}
+    for row in read_history(folder):
+        found.update({name: value for name, value in row.items() if "/" in name})
+    return found
 
 
 def _say_where(folder: Path, metrics: dict[str, Any], config: DictConfig) -> None:

@@ -236,12 +236,13 @@ def test_a_run_is_restored_with_its_weights_in_eval_mode(trained: Path) -> None:
 def test_a_run_goes_on_only_where_what_it_holds_is_what_is_asked_for(tmp_path: Path) -> None:
     before = {"config": {"seed": 0, "trainer": {"max_epochs": 2}}, "index": "x", "pixels": "files"}
     path = tmp_path / "last.ckpt"
-    torch.save({"state_dict": {}, "spp_cls": {"identity": before}}, path)
-    assert build.differences_from(path, before) == []
+    assert build.differences_from(path, before, before) == []
     longer = {**before, "config": {"seed": 0, "trainer": {"max_epochs": 9}}}
-    assert [str(difference) for difference in build.differences_from(path, longer)] == ["trainer.max_epochs: 2 → 9"]
+    assert [str(difference) for difference in build.differences_from(path, before, longer)] == [
+        "trainer.max_epochs: 2 → 9"
+    ]
     with pytest.raises(ValueError, match=f"^ckpt_path={path}: its run has seed=0, here it is 5; go on with the same"):
-        build.differences_from(path, {**before, "config": {**before["config"], "seed": 5}})  # type: ignore[dict-item]
+        build.differences_from(path, before, {"config": {"seed": 5}, "index": "x", "pixels": "files"})
 
 
 # Checkpoints load alone
@@ -351,3 +352,40 @@ def test_kernels_that_are_chosen_by_timing_are_not_exact() -> None:
         build.compile_net(torch.nn.Linear(1, 1), "max-autotune", exact=True)
     with pytest.raises(ValueError, match="compile_mode=fast: use default, reduce-overhead, max-autotune"):
         build.compile_net(torch.nn.Linear(1, 1), "fast", exact=False)
+
+
+# What somebody else's run would do
+
+
+def test_what_would_become_another_thing_is_refused(trained: Path, tmp_path: Path) -> None:
+    ran, path = tmp_path / "ran", tmp_path / "theirs.ckpt"
+    evil = f"${{oc.create:{{_target_: pathlib.Path.touch, self: {ran}}}}}"
+    state = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    state["spp_cls"]["identity"]["config"]["classifier"]["label_smoothing"] = evil
+    torch.save(state, path)
+    with pytest.raises(
+        ValueError, match=r"theirs.ckpt holds '\$\{oc.create.*which is worked out only later; add trust"
+    ):
+        build.load_classifier(path)
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("draft: true", f"draft: '\\{evil}'"))
+    with pytest.raises(ValueError, match="which is worked out only later"):
+        build.load_run(run)
+    assert not ran.exists()
+
+
+def test_nothing_is_written_outside_the_run_folder(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+
+    def config(dirpath: str) -> dict[str, Any]:
+        return {"callbacks": {"best": {"dirpath": dirpath}}, "logger": {"csv": {"save_dir": str(run)}}, "data": "/data"}
+
+    build.refuse_elsewhere(config(str(run / "checkpoints")), run, run)
+    build.refuse_elsewhere(config("checkpoints"), run, run)
+    (run / "link").symlink_to(tmp_path)
+    for elsewhere in (str(tmp_path / "other"), "/etc", f"{run}/../other", str(run / "link" / "other")):
+        with pytest.raises(ValueError, match="would write to .*, outside its run folder; add trust=true"):
+            build.refuse_elsewhere(config(elsewhere), run, run)

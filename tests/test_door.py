@@ -137,9 +137,9 @@ def test_hydra_says_so_as_we_read_it(spp: Spp, wrong: str) -> None:
 def test_what_the_hints_name_exists_and_what_they_are_for_does_not() -> None:
     door.register_resolvers()
     GlobalHydra.instance().clear()
-    config = door._compose("train", ["data=folder"])
+    config = door.compose("train", ["data=folder"])
     names = {name for hint in HINTS.values() for name in hint.split(" and ")} - {"--cfg job --resolve", "hydra.run.dir"}
-    known = set(door._dotted(config))
+    known = set(door.dotted(config))
     assert names <= known
     assert not set(HINTS) & known
 
@@ -376,9 +376,8 @@ def test_a_run_folder_with_odd_letters_goes_on(spp: Spp, trained: Path, tmp_path
 def test_what_changes_the_result_of_a_run_that_goes_on_is_said_and_recorded(spp: Spp, copied: Path) -> None:
     answer = spp("train", f"ckpt_path={copied}", "trainer.max_epochs=3", "data.num_workers=1", "trainer.max_epochs=3")
     assert answer.code == 0, answer.err
-    assert "goes on otherwise than it began, so that the result will be another:\n  trainer.max_epochs: 2 → 3\n" in (
-        answer.err
-    )
+    said = "goes on after step 8, with 2 epochs done\notherwise than it began, so that the result will be another:\n"
+    assert f"{said}  trainer.max_epochs: 2 → 3\n" in answer.err
     (event,) = [json.loads(line) for line in (copied / "events.jsonl").read_text().splitlines()]
     assert event["changes the result"] == {"trainer.max_epochs": [2, 3]}
     assert event["harmless"]["data.num_workers"] == [0, 1] and "refused" not in event
@@ -394,12 +393,17 @@ def test_a_run_folder_of_somebody_else_runs_nothing_when_it_goes_on(spp: Spp, co
     own, ran = overrides.read_text(), tmp_path / "ran"
     foreign = "- model._target_=os.system\n- +model.command='touch ran'\n- trust=true\n"
     overrides.write_text(own + foreign)
+    config = (copied / "config.yaml").read_text()
+    theirs = OmegaConf.create(config)
+    theirs.model._target_ = "os.system"
+    OmegaConf.save(theirs, copied / "config.yaml")
     answer = spp("train", f"ckpt_path={copied}")
     assert answer.code == 2
     assert "would build os.system, which is not part of spp_cls; add trust=true if you trust it" in answer.err
     # What Hydra itself would build or look into, before any config is read, is left out.
     hydra = "hydra.launcher._target_=os.system", "+hydra.callbacks.a._target_=os.system", "hydra/launcher=nope"
     overrides.write_text(own + "".join(f"- {word}\n" for word in hydra))
+    (copied / "config.yaml").write_text(config)
     answer = spp("train", f"ckpt_path={copied}")
     assert answer.code == 0, answer.err
     assert not ran.exists()

@@ -14,7 +14,7 @@ import spp_cls
 
 PACKAGE = Path(spp_cls.__file__).parent
 PROGRAMS = ("train", "evaluate", "predict", "export", "plan", "check", "log", "cache")
-KNOW_HYDRA = {f"spp_cls.{name}" for name in ("door", "build", *PROGRAMS)}
+KNOW_HYDRA = {f"spp_cls.{name}" for name in ("door", "going_on", "build", *PROGRAMS)}
 
 
 def module_name(path: Path) -> str:

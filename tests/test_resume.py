@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from torch import Tensor, nn
 
@@ -528,5 +529,59 @@ def test_read_history(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"history.jsonl: no history there; name a run folder, like runs/") as caught:
         read_history(tmp_path)
     assert str(caught.value).startswith(str(tmp_path)) and "\n" not in str(caught.value)
-    (tmp_path / "history.jsonl").write_text('{"epoch": 0, "loss": 1.5}\n{"epoch": 1}\n')
-    assert read_history(tmp_path) == [{"epoch": 0, "loss": 1.5}, {"epoch": 1}]
+    (tmp_path / "history.jsonl").write_text('{"epoch": 0, "step": 1, "loss": 1.5}\n{"epoch": 1, "step": 2}\n{"epo')
+    assert read_history(tmp_path) == [{"epoch": 0, "step": 1, "loss": 1.5}, {"epoch": 1, "step": 2}]
+    (tmp_path / "history.jsonl").write_text('{"epoch": 0, "step": 1}\n[1, 2]\n')
+    with pytest.raises(ValueError, match="history.jsonl, line 2: not a row of a history, with its epoch and step"):
+        read_history(tmp_path)
+
+
+def test_a_best_checkpoint_that_is_not_in_the_run_is_forgotten_and_never_removed(tmp_path: Path) -> None:
+    here, victim = tmp_path / "checkpoints", tmp_path / "victim"
+    here.mkdir()
+    victim.mkdir()
+    (here / "best.ckpt").touch()
+    (here / "link.ckpt").symlink_to(victim)
+    best = ModelCheckpoint(here, filename="best", monitor="val/top1_error")
+    trainer = make_trainer([best, ResumePoint(here)])
+    state: dict[str, Any] = {
+        "dirpath": str(tmp_path / "moved"),
+        "best_model_path": str(tmp_path / "moved" / "best.ckpt"),
+        "kth_best_model_path": str(victim),
+        "best_k_models": {str(tmp_path / "moved" / "best.ckpt"): 1.0, str(victim): 9.0, "link.ckpt": 3.0},
+    }
+    checkpoint = {"callbacks": {best.state_key: state, "Other": {"dirpath": 3}, "Odd": 5}}
+    ResumePoint(here).on_load_checkpoint(trainer, Classifier(net(), torch.optim.SGD, HALF), checkpoint)
+    assert state == {
+        "dirpath": str(here),
+        "best_model_path": str(here / "best.ckpt"),
+        "kth_best_model_path": "",
+        "best_k_models": {str(here / "best.ckpt"): 1.0},
+    }
+
+
+def test_a_run_that_was_stopped_early_stays_so(tmp_path: Path) -> None:
+    trainer = make_trainer([ResumePoint(tmp_path)])
+    for stopped in (True, False):
+        trainer.should_stop = stopped
+        checkpoint: dict[str, Any] = {"callbacks": {}}
+        point = ResumePoint(tmp_path)
+        classifier = Classifier(net(), torch.optim.SGD, HALF)
+        point.on_save_checkpoint(trainer, classifier, checkpoint)
+        trainer.should_stop = False
+        point.on_load_checkpoint(trainer, classifier, checkpoint)
+        assert trainer.should_stop is stopped
+        point.stays_stopped = False
+        point.on_load_checkpoint(trainer, classifier, checkpoint)
+        assert not trainer.should_stop
+
+
+@pytest.mark.parametrize("every_epochs", [1, 2])
+def test_errors_stand_in_the_history_where_they_were_measured(
+    pictures: Path, tmp_path: Path, every_epochs: int
+) -> None:
+    trainer = make_trainer([History(tmp_path)], epochs=4)
+    trainer.check_val_every_n_epoch = every_epochs
+    trainer.fit(make_classifier(), datamodule=make_datamodule(pictures))
+    rows = [row for row in read_history(tmp_path) if "train/loss" in row]
+    assert ["val/top1_error" in row for row in rows] == [(epoch + 1) % every_epochs == 0 for epoch in range(4)]

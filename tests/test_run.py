@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from spp_cls.run import Run, digest, environment, find_checkpoint, newest_run, run_folder, write_json
+from spp_cls.run import (
+    Run,
+    digest,
+    environment,
+    find_checkpoint,
+    in_training,
+    newest_run,
+    note_event,
+    run_folder,
+    write_json,
+)
 
 
 def make_run(folder: Path, *checkpoints: str) -> Path:
@@ -43,11 +55,15 @@ def test_checkpoints_are_found_by_name_or_as_files(tmp_path: Path) -> None:
 def test_the_newest_run_is_the_one_begun_last_whatever_its_name(tmp_path: Path) -> None:
     for name in ("zf5/2026-01-02_00-00-00_ffff", "tiny/2026-01-03_00-00-00_0000", "zf5/2026-01-01_00-00-00_0000"):
         make_run(tmp_path / name, "last")
-    make_run(tmp_path / "tiny" / "2026-01-05_00-00-00_0000")  # it has saved nothing yet
     failed = tmp_path / "tiny" / "2026-01-04_00-00-00_0000" / ".hydra"
     failed.mkdir(parents=True)
     (failed / "config.yaml").touch()
     assert newest_run(tmp_path) == tmp_path / "tiny" / "2026-01-03_00-00-00_0000"
+    make_run(tmp_path / "tiny" / "2026-01-05_00-00-00_0000")
+    with pytest.raises(
+        ValueError, match="the newest run, .*2026-01-05.*, has saved no checkpoint; name one, like .*01-03"
+    ):
+        newest_run(tmp_path)
     with pytest.raises(ValueError, match="no run there yet"):
         newest_run(failed)
     with pytest.raises(ValueError, match="no run there yet"):
@@ -103,3 +119,31 @@ def test_the_environment_says_what_a_result_depends_on(tmp_path: Path, monkeypat
     assert found["index_hash"] == "abc"
     assert found["threads"] == torch.get_num_threads()
     json.dumps(found)
+
+
+def test_one_process_trains_a_run(tmp_path: Path) -> None:
+    write_json(tmp_path / "environment.json", {"process": 7, "host": "a"})
+    with in_training(tmp_path):
+        code = f"""if True:
+            from pathlib import Path
+            from spp_cls import run
+
+            run.PATIENCE = 0.1
+            with run.in_training(Path({str(tmp_path)!r})):
+                pass
+        """
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stderr.splitlines()[-1] == (
+            f"ValueError: {tmp_path} is in training already, by process 7 on a; wait for it, or stop it"
+        )
+    with in_training(tmp_path):
+        pass
+
+
+def test_an_event_after_one_that_a_kill_tore_stands_on_a_line_of_its_own(tmp_path: Path) -> None:
+    note_event(tmp_path, "first")
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"event": "ha')
+    note_event(tmp_path, "second", step=3)
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    assert len(lines) == 3 and json.loads(lines[2])["event"] == "second" and json.loads(lines[2])["step"] == 3

@@ -37,7 +37,7 @@ def test_the_run_folder_holds_what_the_house_says(trained: Path) -> None:
     names = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
     assert names == {
         "config.yaml", "environment.json", "history.jsonl", "timing.jsonl", "results.json", "checkpoints/last.ckpt",
-        "checkpoints/best.ckpt", ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml",
+        "checkpoints/best.ckpt", "training.lock", ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml",
     }  # fmt: skip
 
 

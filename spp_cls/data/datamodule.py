@@ -312,7 +312,8 @@ class MultiSizeDataModule(LightningDataModule):
             goes_on = batch == 0 or (restored and batch < self.plan.num_batches)
             return (epoch, batch) if goes_on else (epoch + 1, 0)
         if getattr(self.trainer, "overfit_batches", 0):  # every epoch is the first, so that its pictures stay the same
-            return 0, 0
+            steps = self.trainer.num_training_batches / self.plan.accumulation
+            return 0, batch if restored and batch < steps else 0
         now = self.trainer.current_epoch
         return now, batch if restored and epoch == now else 0
 
@@ -412,7 +413,7 @@ def live_and_die_with_the_parent(worker: int) -> None:
         # know of its end. 1 is PR_SET_PDEATHSIG.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     # Ctrl-C and what a cluster sends go to the whole group, and the program wants its next batch yet.
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 

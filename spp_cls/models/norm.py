@@ -111,7 +111,7 @@ class LocalResponseNorm(nn.Module):
         alpha: float,
         beta: float,
         k: float,
-        halo: int = 0,
+        halo: int,
     ) -> None:
         super().__init__()
         if size % 2 == 0:
@@ -145,7 +145,7 @@ def across_channels() -> LocalResponseNorm:
 
     `nn.LocalResponseNorm` divides alpha by size; the same norm there is (5, alpha=5e-4, beta=0.75, k=2).
     """
-    return LocalResponseNorm(sum_over_channels, size=5, alpha=1e-4, beta=0.75, k=2.0)
+    return LocalResponseNorm(sum_over_channels, size=5, alpha=1e-4, beta=0.75, k=2.0, halo=0)
 
 
 # Paper: "LRN", no numbers. Here: the released ZF-5's within-channel norm for the ZF net, Krizhevsky's for the others,

@@ -26,13 +26,13 @@ def reference(kind: Kind, x: Tensor) -> Tensor:
 
 
 def test_within_channel_by_hand() -> None:
-    norm = LocalResponseNorm(mean_in_window, 3, alpha=9.0, beta=1.0, k=1.0)
+    norm = LocalResponseNorm(mean_in_window, 3, alpha=9.0, beta=1.0, k=1.0, halo=1)
     x = torch.tensor([[[[1.0, 2.0], [3.0, 0.0]]]])  # the sum of squares in every window is 14, its mean 14/9
     torch.testing.assert_close(norm(x), x / 15)
 
 
 def test_across_channels_by_hand() -> None:
-    norm = LocalResponseNorm(sum_over_channels, 3, alpha=1.0, beta=1.0, k=2.0)
+    norm = LocalResponseNorm(sum_over_channels, 3, alpha=1.0, beta=1.0, k=2.0, halo=0)
     x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1)
     expected = torch.tensor([1 / (2 + 5), 2 / (2 + 14), 3 / (2 + 29), 4 / (2 + 25)]).view(1, 4, 1, 1)
     torch.testing.assert_close(norm(x), expected)
@@ -65,7 +65,7 @@ def test_float32_is_as_exact_as_the_plain_formula(kind: Kind) -> None:
 @pytest.mark.parametrize("beta", [0.5, 0.75, 1.0])
 @pytest.mark.parametrize(("neighbours", "size"), [(mean_in_window, 3), (sum_over_channels, 5), (sum_over_channels, 1)])
 def test_gradcheck(neighbours: Callable[[Tensor, int], Tensor], size: int, beta: float) -> None:
-    norm = LocalResponseNorm(neighbours, size, alpha=0.3, beta=beta, k=1.5)
+    norm = LocalResponseNorm(neighbours, size, alpha=0.3, beta=beta, k=1.5, halo=size // 2)
     x = torch.randn(2, 6, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(norm, x)
 
@@ -74,7 +74,7 @@ def test_gradcheck(neighbours: Callable[[Tensor, int], Tensor], size: int, beta:
 def test_fewer_channels_than_neighbours(channels: int) -> None:
     x = pixels(1, channels, 2, 2)
     for size in (3, 5, 7, 9):
-        norm = LocalResponseNorm(sum_over_channels, size, alpha=1e-4, beta=0.75, k=2.0)
+        norm = LocalResponseNorm(sum_over_channels, size, alpha=1e-4, beta=0.75, k=2.0, halo=0)
         expected = nn.LocalResponseNorm(size, alpha=size * 1e-4, beta=0.75, k=2)(x)
         torch.testing.assert_close(norm(x), expected)
 
@@ -130,7 +130,7 @@ def test_the_input_is_left_alone_and_an_exporter_sees_the_same(kind: Kind, monke
 
 def test_an_even_size_is_refused() -> None:
     with pytest.raises(ValueError, match="^size=4: .*use an odd number$"):
-        LocalResponseNorm(sum_over_channels, 4, alpha=1e-4, beta=0.75, k=2.0)
+        LocalResponseNorm(sum_over_channels, 4, alpha=1e-4, beta=0.75, k=2.0, halo=0)
 
 
 def test_repr_says_the_numbers() -> None:
