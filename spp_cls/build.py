@@ -276,6 +276,7 @@ def _check_devices(config: DictConfig) -> None:
 def build_logger(config: DictConfig, name: str, folder: Path) -> Logger:
     """A logger; W&B goes on with the run of `folder`, and goes offline where there is no key, instead of failing."""
     if "wandb" in str(config.get("_target_", "")).lower():
+        os.environ.setdefault("WANDB_QUIET", "true")  # no summary: the program prints its own
         own = {"id": wandb_id(folder, config.get("id"))} if place().rank == 0 else {}  # the others log nothing
         offline = {} if _has_wandb_key() else {"offline": True}
         config = OmegaConf.merge(config, own, offline)  # type: ignore[assignment]

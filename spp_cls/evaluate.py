@@ -169,10 +169,11 @@ def run(config: DictConfig) -> float:
             **found,
         },
     )
+    top5 = f", top-5 {found['top5_error']:.2f} %" if len(classes) > 5 else ""  # else every answer is among five
     print(
         f"{config.split} error of {len(rows)} images ({views.crops}, {size} px"
         f"{f', {len(runs)} nets averaged' if len(runs) > 1 else ''}): "
-        f"top-1 {found['top1_error']:.2f} %, top-5 {found['top5_error']:.2f} %\nall of it: {folder}"
+        f"top-1 {found['top1_error']:.2f} %{top5}\nall of it: {folder}"
     )
     return found["top1_error"]
 
