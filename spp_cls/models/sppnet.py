@@ -12,6 +12,7 @@ from .backbones import BACKBONES, Backbone, scaled
 from .bins import RULES, Edges
 from .initialise import initialise, load_weights
 from .pyramid import SpatialPyramidPool2d
+from .windows import geometry, pool_windows
 
 
 class SPPNet(nn.Module):
@@ -71,6 +72,21 @@ class SPPNet(nn.Module):
             if not name.startswith("drop"):
                 features[name.replace("relu", "fc")] = x
         return features
+
+    def forward_windows(self, images: Tensor, windows: Tensor) -> Tensor:
+        """Logits (N, num_classes) of windows of `images` (B, 3, H, W), whose maps are computed once each.
+
+        `windows` (N, 5) are (picture, top, left, bottom, right) in px, `bottom` and `right` not in them. Raises
+        ValueError for nets whose cells have no one place, and for pyramids of means or of other bins. He et al. 2014,
+        §3.1.5.
+        """
+        if self.pyramid.pool != "max" or self.pyramid.bins is not None:
+            raise ValueError(f"{self.pyramid}: windows on a shared map are pooled by the maxima of Appendix A's bins")
+        look = geometry(self.backbone)
+        maps = self.backbone(images)
+        cells = look.windows(windows, maps.shape[-2], maps.shape[-1])
+        logits: Tensor = self.head(pool_windows(maps, cells, self.pyramid.levels))
+        return logits
 
     def smallest_size(self, largest: int = 1024) -> int:
         """The smallest square, in px, that the backbone turns into a map of at least one cell."""

@@ -165,6 +165,15 @@ class Geometry:
         start = min(max(0, round(first / self.stride)), cells - size)
         return start, start + size
 
+    def windows(self, pixels: Tensor, height: int, width: int) -> Tensor:
+        """Windows (N, 5) in px, of pictures whose maps have `height` × `width` cells → windows (N, 5) in cells."""
+        rows = []
+        for picture, top, left, bottom, right in pixels.tolist():
+            first_row, last_row = self.window(top, bottom - top, height)
+            first_column, last_column = self.window(left, right - left, width)
+            rows.append((picture, first_row, first_column, last_row, last_column))
+        return torch.tensor(rows, dtype=torch.int64, device=pixels.device).view(-1, 5)
+
     def paper_window(self, first: int, last: int) -> tuple[int, int]:
         """The paper's projection of the pixels `first` … `last`: cells from floor(x/S) + 1 to ceil(x/S) − 1, with both.
 

@@ -200,3 +200,31 @@ def test_init_from_is_loaded_after_the_initialisation(tmp_path: Path) -> None:
     torch.save({"state_dict": {f"net.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "a.ckpt")
     loaded = tiny(seed=2, init_from=str(tmp_path / "a.ckpt"))
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+# Windows on shared maps
+
+
+def test_a_window_of_the_whole_picture_is_the_picture() -> None:
+    net = sppnet("zf5", 5, width=0.1, norm="within_channel").eval()
+    images = torch.randn(2, 3, 250, 331, generator=torch.Generator().manual_seed(0))
+    whole = torch.tensor([[0, 0, 0, 250, 331], [1, 0, 0, 250, 331]])
+    with torch.no_grad():
+        torch.testing.assert_close(net.forward_windows(images, whole), net(images), rtol=1e-5, atol=1e-6)
+
+
+def test_windows_are_pooled_from_the_cells_that_look_at_them() -> None:
+    net = sppnet("zf5", 5, width=0.1).eval()
+    images = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    windows = torch.tensor([[0, 0, 0, 224, 224], [0, 32, 16, 256, 240]])
+    with torch.no_grad():
+        maps = net.backbone(images)  # (1, 26, 15, 15)
+        by_hand = [
+            net.head(net.pyramid(maps[:, :, top : top + 13, left : left + 13])) for top, left in ((0, 0), (2, 1))
+        ]
+        torch.testing.assert_close(net.forward_windows(images, windows), torch.cat(by_hand), rtol=1e-5, atol=1e-6)
+
+
+def test_nets_that_have_no_windows() -> None:
+    with pytest.raises(ValueError, match="pool='average'.*are pooled by the maxima of Appendix A's bins"):
+        sppnet("tiny", 5, pool="average").forward_windows(torch.zeros(1, 3, 64, 64), torch.zeros(0, 5).long())
