@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -12,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
-from .door import fail, open_door, quoted
+from .door import fail, names_apart, open_door, quoted
 from .run import write_whole
 
 if TYPE_CHECKING:
@@ -267,20 +265,13 @@ def _index(root: Path, layout: Layout, again: bool) -> tuple[Index, str | None]:
 
 def main(arguments: list[str] | None = None) -> None:
     """The door; a word that names a folder or is no key=value is `data.root`."""
-    options = list(sys.argv[1:] if arguments is None else arguments)
-    parsed, unknown = get_args_parser().parse_known_args(options)  # it knows the options that take the word behind them
-    settings: list[str] = []
-    roots: list[str] = []
-    for word in [*parsed.overrides, *(word for word in unknown if not word.startswith("-"))]:
-        options.remove(word)
-        is_setting = word.startswith(("+", "~")) or "=" in word
-        (settings if is_setting and not os.path.isdir(word) else roots).append(word)
-    given = [*roots, *(word for word in settings if word.startswith("data.root="))]
+    roots, others = names_apart(sys.argv[1:] if arguments is None else arguments)
+    given = [*roots, *(word for word in others if word.startswith("data.root="))]
     if "" in roots:
         fail("check", "the folder's name is empty: name a folder")
     if len(given) > 1:
         fail("check", f"{' '.join(given)}: one data set at a time; name one folder")
-    open_door("check", run, [*settings, *(f"data.root={quoted(root)}" for root in roots), *options])
+    open_door("check", run, [*(f"data.root={quoted(root)}" for root in roots), *others])
 
 
 if __name__ == "__main__":

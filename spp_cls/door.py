@@ -230,6 +230,18 @@ def quoted(path: str | Path) -> str:
     return "'" + text.replace("${", "\\${") + "'"
 
 
+def names_apart(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Of the words of a command line those that name a file or are no key=value, and the others."""
+    names: list[str] = []
+    others = list(arguments)
+    parsed, unknown = get_args_parser().parse_known_args(others)  # it knows the options that take the word behind them
+    for word in [*parsed.overrides, *(word for word in unknown if not word.startswith("-"))]:
+        if not (word.startswith(("+", "~")) or "=" in word) or Path(word).exists():
+            others.remove(word)
+            names.append(word)
+    return names, others
+
+
 def _settings_first(arguments: list[str]) -> list[str]:
     """Hydra reads no setting that stands behind an option."""
     parsed, unknown = get_args_parser().parse_known_args(arguments)

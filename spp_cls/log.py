@@ -9,7 +9,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from .door import open_door, quoted
+from .door import names_apart, open_door, quoted
 
 KEPT = ("project", "entity", "group")
 
@@ -69,14 +69,9 @@ def run_config(folder: Path, config: DictConfig) -> DictConfig:
 
 def main(arguments: list[str] | None = None) -> None:
     """The door; words that name a folder or are no key=value are run folders."""
-    settings: list[str] = []
-    folders: list[str] = []
-    for word in sys.argv[1:] if arguments is None else arguments:
-        is_setting = word.startswith(("-", "+", "~")) or "=" in word
-        (settings if is_setting and not Path(word).exists() else folders).append(word)
-    if folders:
-        settings.append(f"run=[{','.join(map(quoted, folders))}]")
-    open_door("log", run, settings)
+    folders, others = names_apart(sys.argv[1:] if arguments is None else arguments)
+    named = [f"run=[{','.join(map(quoted, folders))}]"] if folders else []
+    open_door("log", run, [*others, *named])
 
 
 if __name__ == "__main__":

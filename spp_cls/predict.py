@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from omegaconf import DictConfig
 
-from .door import open_door, quoted
+from .door import names_apart, open_door, quoted
 
 if TYPE_CHECKING:
     from .classifier import Classifier
@@ -132,14 +132,9 @@ def run(config: DictConfig) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The door; words that name a picture or are no key=value are paths."""
-    settings: list[str] = []
-    paths: list[str] = []
-    for word in sys.argv[1:] if arguments is None else arguments:
-        is_setting = word.startswith(("-", "+", "~")) or "=" in word
-        (settings if is_setting and not Path(word).exists() else paths).append(word)
-    if paths:
-        settings.append(f"paths=[{','.join(map(quoted, paths))}]")
-    open_door("predict", run, settings)
+    paths, others = names_apart(sys.argv[1:] if arguments is None else arguments)
+    named = [f"paths=[{','.join(map(quoted, paths))}]"] if paths else []
+    open_door("predict", run, [*others, *named])
 
 
 if __name__ == "__main__":

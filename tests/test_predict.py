@@ -133,3 +133,9 @@ def test_folders_are_searched_below_and_in_order(tmp_path: Path) -> None:
         "a.jpeg",
         "b/notes.txt",
     ]
+
+
+def test_an_option_keeps_the_word_behind_it(spp: Spp, trained: Path, pictures: Path) -> None:
+    answer = spp("predict", f"run={trained}", "--cfg", "job", pictures / "test" / "a" / "00.jpg")
+    assert answer.code == 0, answer.err
+    assert "paths:\n- " in answer.out and "00.jpg" in answer.out
