@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from spp_cls import door
@@ -16,6 +17,7 @@ WORDS = ["model=zf5", "seed=3", "data.root=/pictures"]
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a run that was started with WORDS, in the working folder, saved once and did not end."""
     door.register_resolvers()
+    HydraConfig.instance().cfg = None  # of a command that was run in this process before
     monkeypatch.chdir(tmp_path)
     folder = Path("runs", "shapes-zf5", "2026-01-01_00-00-00_0000")
     (folder / "checkpoints").mkdir(parents=True)
