@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -405,14 +406,26 @@ def differences_from(checkpoint: Path, before: dict[str, Any], now: dict[str, An
     return found
 
 
-def epochs_done(state: dict[str, Any]) -> int:
-    """How many epochs the run of the checkpoint `state` has ended."""
-    return int(state["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
+@dataclass(frozen=True)
+class Saved:
+    """Of a checkpoint what its run was, and how far it had come; not its weights, which are read when they are used."""
+
+    checkpoint: Path
+    identity: dict[str, Any]
+    step: int
+    epochs: int  # that are done
 
 
-def refuse_to_go_back(state: dict[str, Any], config: DictConfig) -> None:
+def read_saved(checkpoint: Path) -> Saved:
+    """What `checkpoint` says of its run."""
+    state = read_checkpoint(checkpoint)
+    epochs = state["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    return Saved(checkpoint, state["spp_cls"]["identity"], int(state["global_step"]), int(epochs))
+
+
+def refuse_to_go_back(saved: Saved, config: DictConfig) -> None:
     """Raise where more epochs are done than `config` asks for."""
-    done, wanted = epochs_done(state), config.trainer.get("max_epochs")
+    done, wanted = saved.epochs, config.trainer.get("max_epochs")
     if wanted is not None and -1 < wanted < done:
         raise ValueError(f"trainer.max_epochs={wanted}: {done} epochs are done; give {done} to test, or more to go on")
 

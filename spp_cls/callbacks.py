@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .cost import available_memory, cost, in_px, too_large
 from .ranks import end
-from .run import note_event
+from .run import how_to_go_on, note_event
 
 
 class PlannedSize(Callback):
@@ -122,9 +122,7 @@ class Watch(Callback):
                 self._tell(1 + ended, [t for t in range(1, distributed.get_world_size()) if t != ended])
             if self._rank == (1 if ended == 0 else 0) and self.folder.is_dir():
                 note_event(self.folder, "a rank ended", rank=ended)
-            last = self.folder / "checkpoints" / "last.ckpt"
-            go_on = f"; go on with spp train ckpt_path={self.folder}" if last.is_file() else ""
-            end(f"rank {ended} ended before its time, so rank {self._rank} does{go_on}")
+            end(f"rank {ended} ended before its time, so rank {self._rank} does{how_to_go_on(self.folder)}")
 
     def _say_farewell(self) -> None:
         if self._group is None:

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from .ranks import same_words
-from .run import is_disk_full
+from .run import how_to_go_on, is_disk_full
 
 Program = Callable[[DictConfig], Any]
 
@@ -190,8 +190,7 @@ def _on_full_disk(error: Exception, folder: Path) -> str:
     """A checkpoint says itself what did not fit; of all else it is known where."""
     if str(error).startswith("disk full: "):
         return str(error)
-    go_on = f"; go on with spp train ckpt_path={folder}" if (folder / "checkpoints" / "last.ckpt").is_file() else ""
-    return f"disk full: {shutil.disk_usage(folder).free / 1e6:.0f} MB free at {folder}{go_on}"
+    return f"disk full: {shutil.disk_usage(folder).free / 1e6:.0f} MB free at {folder}{how_to_go_on(folder)}"
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from .door import names_apart, open_door, quoted
+from .door import key_of, names_apart, open_door, quoted
 
 KEPT = ("project", "entity", "group")
 
@@ -57,7 +57,7 @@ def run_config(folder: Path, config: DictConfig) -> DictConfig:
         raise ValueError(f"{path}: holds ${{…}}, so that it is no config that spp train has written")
     before = own.get("logger") or {}
     own.logger = OmegaConf.to_container(config.logger)
-    said = {word.lstrip("+").partition("=")[0] for word in HydraConfig.get().overrides.task}
+    said = {key_of(word) for word in HydraConfig.get().overrides.task}
     for name, one in own.logger.items():
         for key, value in (before.get(name) or {}).items():
             if key in KEPT and isinstance(value, str) and f"logger.{name}.{key}" not in said:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import dashboards
 from .ranks import largest, place
-from .run import CHECKPOINTS, is_disk_full, note_event
+from .run import CHECKPOINTS, how_to_go_on, is_disk_full, note_event
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 PATIENCE = 20  # seconds; clusters give a job 30 between SIGTERM and SIGKILL
@@ -190,7 +190,7 @@ class ResumePoint(Checkpoint):
         name, code = signal.Signals(asked).name, 128 + asked
         if trainer.is_global_zero:
             saved = f"saved after step {self._step}" if self._step >= 0 else "nothing was saved yet"
-            go_on = f"; go on with spp train ckpt_path={self.path.parent.parent}" if self.path.is_file() else ""
+            go_on = how_to_go_on(self.path.parent.parent)
             print(f"{name} at step {trainer.global_step}: {saved}{go_on}", file=sys.stderr)
             note_event(self.path.parent.parent, "ended", by=name, step=trainer.global_step, saved=self._step)
         if asked == REQUEUE and requeue(trainer.is_global_zero):

@@ -82,6 +82,12 @@ def find_checkpoint(path: str | Path, which: str = "last") -> Path:
     return checkpoint
 
 
+def how_to_go_on(folder: Path) -> str:
+    """The end of a sentence: how the run of `folder` is gone on with; nothing where it has saved nothing."""
+    saved = (folder / CHECKPOINTS / "last.ckpt").is_file()
+    return f"; go on with spp train ckpt_path={folder}" if saved else ""
+
+
 def newest_run(runs: Path) -> Path:
     """The run folder below `runs` that was begun last; raises ValueError where it has no checkpoint to go on from."""
     configs = [path for path in runs.glob("**/config.yaml") if path.parent.name != ".hydra"]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning import LightningDataModule, LightningModule, Trainer
     from torch import nn
 
+    from .build import Saved
     from .classifier import Classifier
     from .data import MultiSizeDataModule
     from .differences import Difference
@@ -97,19 +98,17 @@ def run(config: DictConfig) -> float | None:
     build.check_arguments(config)
     if config.resume not in (None, "auto"):
         raise ValueError(f"resume={config.resume}: use auto or null; a run by its folder is ckpt_path=RUN")
-    state = build.read_checkpoint(ckpt_path) if ckpt_path else None
-    if state is not None:
-        assert ckpt_path is not None
-        before = {"config": state["spp_cls"]["identity"]["config"]}
-        build.differences_from(ckpt_path, before, {"config": resolved})  # before pictures are looked for
-        build.refuse_to_go_back(state, config)
+    saved = build.read_saved(ckpt_path) if ckpt_path else None
+    if saved:
+        before = {"config": saved.identity["config"]}
+        build.differences_from(saved.checkpoint, before, {"config": resolved})  # before pictures are looked for
+        build.refuse_to_go_back(saved, config)
     datamodule = build.build_datamodule(config)
     trainer = build.build_trainer(config, folder)
     identity = build.identity(config, datamodule, trainer)
     found: list[Difference] = []
-    if state is not None:
-        assert ckpt_path is not None
-        found = build.differences_from(ckpt_path, state["spp_cls"]["identity"], identity)
+    if saved:
+        found = build.differences_from(saved.checkpoint, saved.identity, identity)
         build.stop_again_only_as_before(trainer, found)
         if "init_from" in config.model:
             config.model.init_from = None  # the checkpoint has the weights
@@ -123,8 +122,8 @@ def run(config: DictConfig) -> float | None:
     folder.mkdir(parents=True, exist_ok=True)
     with in_training(folder):
         _write_what_begins(folder, OmegaConf.to_yaml(OmegaConf.create(resolved)), datamodule, classifier)
-        if state is not None and ckpt_path is not None:
-            _say_what_differs(folder, ckpt_path, state, found)
+        if saved:
+            _say_what_differs(folder, saved, found)
         try:
             metrics = train(classifier, datamodule, trainer, ckpt_path, config.test)
         finally:
@@ -168,13 +167,11 @@ def _write_what_came_out(folder: Path, trainer: Trainer, metrics: dict[str, floa
     return metrics.get(name) if name else None
 
 
-def _say_what_differs(folder: Path, ckpt_path: Path, state: dict[str, Any], found: list[Difference]) -> None:
-    from .build import epochs_done
+def _say_what_differs(folder: Path, saved: Saved, found: list[Difference]) -> None:
     from .differences import CHANGES
     from .run import note_event
 
-    step = state["global_step"]
-    print(f"goes on after step {step}, with {epochs_done(state)} epochs done", file=sys.stderr)
+    print(f"goes on after step {saved.step}, with {saved.epochs} epochs done", file=sys.stderr)
     changes = [difference for difference in found if difference.kind == CHANGES]
     if changes:
         lines = "\n  ".join(map(str, changes))
@@ -182,7 +179,7 @@ def _say_what_differs(folder: Path, ckpt_path: Path, state: dict[str, Any], foun
     kinds: dict[str, dict[str, Any]] = {}
     for difference in found:
         kinds.setdefault(difference.kind, {})[difference.key] = [difference.before, difference.now]
-    note_event(folder, "resumed", checkpoint=ckpt_path.resolve(), step=step, command=typed(), **kinds)
+    note_event(folder, "resumed", checkpoint=saved.checkpoint.resolve(), step=saved.step, command=typed(), **kinds)
 
 
 def _last_values(folder: Path) -> dict[str, float]:
