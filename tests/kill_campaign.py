@@ -1,13 +1,13 @@
 """Started by test_kill.py: kills what runs in child processes (SIGKILL), lets it go on, and looks at what came out.
 
     python tests/kill_campaign.py random PICTURES OUT KILLS
-    python tests/kill_campaign.py hooks PICTURES OUT WAY
+    python tests/kill_campaign.py hooks PICTURES OUT WAY EVERY
     python tests/kill_campaign.py torn FOLDER MB KILLS
     python tests/kill_campaign.py few PICTURES OUT FOLDER
 
 random: for each way to train, once without a kill, then again and again with kills at random instants until there were
 KILLS. hooks: a kill in every hook of a callback that a training calls and round every save, at its first, middle and
-last time and at its first after a resume. Every run must end with the same weights, bit for bit, in memory, last.ckpt
+last time and at its first after a resume, or in each EVERYth of them. Every run must end with the same weights, bit for bit, in memory, last.ckpt
 and best.ckpt, and the same history, byte for byte. torn: kills at random instants while checkpoints of MB are saved
 into FOLDER; one must always be there, and whole. few: a few of hooks and torn. Each prints a JSON line.
 """
@@ -304,14 +304,14 @@ def points(times: dict[str, int]) -> list[Point]:
     return found
 
 
-def hooks_campaign(pictures: str, out: Path, way: dict[str, Any], chosen: list[Point] | None = None) -> dict[str, Any]:
-    """A run for each of the points, or of `chosen`."""
+def hooks_campaign(pictures: str, out: Path, way: dict[str, Any], chosen: list[Point] | slice) -> dict[str, Any]:
+    """A run for each point of `chosen`, or of this slice of all points."""
     assert in_a_child(partial(train_and_count, pictures, fresh(out / "whole"), way))
     expected, times = outcome(out / "whole"), json.loads((out / "whole" / "times").read_text())
     middle = Point("on_before_backward", two_thirds(times["on_before_backward"]))
     assert not in_a_child(partial(train_to, pictures, fresh(out / "before"), way, middle))
     result: dict[str, Any] = {"kills": 0, "hooks": {}, "alive": [], "different": []}
-    for point in points(times) if chosen is None else chosen:
+    for point in points(times)[chosen] if isinstance(chosen, slice) else chosen:
         killed = fresh(out / "killed")
         if point.resumed:
             shutil.copytree(out / "before", killed, dirs_exist_ok=True)
@@ -383,7 +383,8 @@ def main(campaign: str, *arguments: str) -> None:
     if campaign == "random":
         result = random_campaign(arguments[0], Path(arguments[1]), int(arguments[2]))
     elif campaign == "hooks":
-        result = hooks_campaign(arguments[0], Path(arguments[1]), HOOK_WAYS[int(arguments[2])])
+        way, every = int(arguments[2]), int(arguments[3])
+        result = hooks_campaign(arguments[0], Path(arguments[1]), HOOK_WAYS[way], slice(way % every, None, every))
     elif campaign == "torn":
         result = torn_campaign(Path(arguments[0]), float(arguments[1]), int(arguments[2]))
     else:
