@@ -18,6 +18,7 @@ SUFFIXES = (
 )
 SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 THUMBNAILS = ("__MACOSX", "@eaDir")  # folders that file managers fill behind the user's back
+TRAIN_PER_CATEGORY = 30  # He et al. 2014, §3.3
 VAL_IS_TEST = "there is no test part: val serves as test, and val is drawn from train by seed"
 
 Row = tuple[str, str, str]  # path, class, split; the split is "" until it is drawn
@@ -41,11 +42,19 @@ class Listing:
     sources: tuple[str, ...] = ()
 
 
-def folder(root: Path | str, *, val_share: float = 0.1, test_share: float = 0.1, split_seed: int = 0) -> Listing:
+def folder(
+    root: Path | str,
+    *,
+    val_share: float = 0.1,
+    test_share: float = 0.1,
+    train_per_class: int | None = None,
+    split_seed: int = 0,
+) -> Listing:
     """Lists `root/<class>/…` or `root/{train,val,test}/<class>/…`, pictures at any depth below a class.
 
     A part that is missing is drawn by seed, class by class: at least one picture for each part as long as
-    one stays in train. Train and val without test: val serves as test, and val is drawn from train.
+    one stays in train. Train and val without test: val serves as test, and val is drawn from train. Of the
+    training pictures `train_per_class` of each class are used, chosen by seed; None: all.
     """
     root = Path(root)
     shares = _shares(val_share, test_share)
@@ -65,6 +74,10 @@ def folder(root: Path | str, *, val_share: float = 0.1, test_share: float = 0.1,
         rows = [(path, path.split("/", 1)[0], "") for path in found.pictures]
         notes = [f"the folder '{top}' is taken for a class" for top in parts]
     rows, more = _complete(rows, {}, shares, split_seed)
+    if train_per_class is not None:
+        _check_positive({"train_per_class": train_per_class})
+        rows, fewer = _fewer(rows, train_per_class, split_seed)
+        more = [*more, fewer]
     return _listing(root, rows, found.passed_over, [*notes, *more], found.sources)
 
 
@@ -112,7 +125,7 @@ def table(
 def caltech101(
     root: Path | str,
     *,
-    train_per_class: int = 30,
+    train_per_class: int | None = 30,
     test_per_class: int = 50,
     val_per_class: int = 10,
     split_seed: int = 0,
@@ -122,10 +135,13 @@ def caltech101(
     `root` is `101_ObjectCategories` or the folder that holds it; BACKGROUND_Google is the 102nd category.
     val is drawn from what training and testing leave over, so that it costs neither of them a picture. Of
     the 9,144 pictures 3,060 are train, 2,995 test and 205 val, and only the 26 categories of more than 80
-    pictures have any val: its error is for choosing, never for reporting. A category needs
-    `train_per_class` + 1 pictures (the smallest, inline_skate, has 31).
+    pictures have any val: its error is for choosing, never for reporting. With `train_per_class` None the
+    same pictures are test and val, and all others train, 5,944 of them. A category needs `train_per_class`
+    + 1 pictures (the smallest, inline_skate, has 31).
     """
     root = Path(root)
+    every = train_per_class is None
+    train_per_class = TRAIN_PER_CATEGORY if train_per_class is None else train_per_class
     per_class = {"train": train_per_class, "test": test_per_class, "val": val_per_class}
     _check_positive({f"{split}_per_class": value for split, value in per_class.items()})
     inside = "101_ObjectCategories/" if (root / "101_ObjectCategories").is_dir() else ""
@@ -136,8 +152,10 @@ def caltech101(
     categories = _by_class(found.pictures)
     for name, paths in categories.items():
         _check_enough(root / inside / name, len(paths), "train_per_class", train_per_class)
-        drawn = zip(_by_seed(paths, split_seed), splits, strict=False)  # the protocol leaves the rest unused
+        ordered = _by_seed(paths, split_seed)
+        drawn = zip(ordered, splits, strict=False)  # the protocol leaves the rest unused
         rows += [(inside + path, name, split) for path, split in drawn]
+        rows += [(inside + path, name, "train") for path in ordered[len(splits) :] if every]
     notes = [f"{len(found.pictures) - len(rows)} of the {len(found.pictures)} pictures are left unused"]
     if len(categories) != 102:
         notes.append(f"{len(categories)} categories; Caltech101 has 102 with BACKGROUND_Google")
@@ -427,6 +445,17 @@ def _complete(
     shares = {split: shares[split] for split in missing}
     draw = _draw_groups(open_rows, groups, shares, seed) if groups else _draw(open_rows, shares, seed)
     return [(path, name, draw.get(path, split or "train")) for path, name, split in rows], notes
+
+
+def _fewer(rows: list[Row], train_per_class: int, seed: int) -> tuple[list[Row], str]:
+    """The rows without training pictures beyond so many of a class, and a note on it."""
+    by_class: dict[str, list[str]] = defaultdict(list)
+    for path, name, split in rows:
+        if split == "train":
+            by_class[name].append(path)
+    kept = {path for paths in by_class.values() for path in _by_seed(paths, seed)[:train_per_class]}
+    left = [row for row in rows if row[2] != "train" or row[0] in kept]
+    return left, f"{train_per_class} training pictures of each class; {len(rows) - len(left)} are left unused"
 
 
 def _numbers(pictures: int, shares: Mapping[str, float]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The convolutional parts: the four columns of Table 1, a tutorial's net, and a tiny one; each is a tuple of layers.
+"""The convolutional parts: the four columns of Table 1, a tutorial's net, one for pictures of 32 px, and a tiny one; each is a tuple of layers.
 
 A convolution is always followed by a ReLU; the last pool of each net is left out, since the pyramid replaces it.
 Map sizes stand behind the layers, at 224 and at 180 px.
@@ -86,6 +86,14 @@ TUTORIAL64: tuple[Layer, ...] = (  # 64 px
     Pool(2, 2),  # 6
     Conv(128, 3),  # 4
 )
+SMALL32: tuple[Layer, ...] = (  # 32 | 26 px
+    Conv(32, 3, padding=1),
+    Pool(2, 2),  # 16 | 13
+    Conv(64, 3, padding=1),
+    Pool(2, 2),  # 8 | 6
+    Conv(128, 3, padding=1),
+    Conv(128, 3, padding=1),  # 8 | 6
+)
 TINY: tuple[Layer, ...] = (
     Conv(16, 5, stride=4, padding=2),  # 56 | 45
     Pool(3, 2, padding=1),  # 28 | 23
@@ -100,6 +108,7 @@ BACKBONES: dict[str, tuple[Layer, ...]] = {
     "overfeat5": OVERFEAT5,
     "overfeat7": OVERFEAT7,
     "tutorial64": TUTORIAL64,
+    "small32": SMALL32,
     "tiny": TINY,
 }
 

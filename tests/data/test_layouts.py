@@ -69,6 +69,16 @@ def test_class_folders_are_drawn_class_by_class(tmp_path: Path) -> None:
     )
 
 
+def test_no_more_training_pictures_of_a_class_than_asked_for(tmp_path: Path) -> None:
+    root = touch(tmp_path, classes_of({"cat": 40, "dog": 25, "eel": 5}))
+    whole, few = folder(root), folder(root, train_per_class=10)
+    assert counted(few) == {**counted(whole), "train": {"cat": 10, "dog": 10, "eel": 3}}
+    assert rows(few).items() <= rows(whole).items()
+    assert rows(folder(root, train_per_class=5)).items() <= rows(few).items()
+    assert few.notes == ("10 training pictures of each class; 31 are left unused",)
+    fails("train_per_class=0: must be 1 or more", folder, root, train_per_class=0)
+
+
 def test_large_shares_leave_one_picture_for_train(tmp_path: Path) -> None:
     listing = folder(touch(tmp_path, classes_of({"a": 3, "b": 4})), val_share=0.45, test_share=0.5)
     assert counted(listing)["train"] == {"a": 1, "b": 1}
@@ -427,6 +437,14 @@ def test_caltech101_as_in_the_paper(tmp_path: Path) -> None:
     assert set(counts["train"].values()) == {30} and len(counts["train"]) == 102
     assert counts["test"] == {name: min(50, number - 30) for name, number in numbers.items()}
     assert counts["val"] == {name: min(10, number - 80) for name, number in numbers.items() if number > 80}
+
+
+def test_caltech101_with_all_that_test_and_val_leave(tmp_path: Path) -> None:
+    numbers = {f"c{i:03}": 31 + i for i in range(102)}
+    root = touch(tmp_path, classes_of(numbers))
+    few, every = caltech101(root), caltech101(root, train_per_class=None)
+    assert rows(few).items() < rows(every).items()
+    assert counted(every) == {**counted(few), "train": {name: max(30, n - 60) for name, n in numbers.items()}}
 
 
 def test_errors_of_caltech101(tmp_path: Path) -> None:

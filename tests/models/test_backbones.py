@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from spp_cls.models.backbones import BACKBONES, Backbone, Conv, Norm, Pool, scaled
 from spp_cls.models.norm import LocalResponseNorm
+from spp_cls.models.pyramid import spatial_pyramid_pool2d
 
 
 def sides(name: str, size: int, **arguments: float) -> dict[str, int]:
@@ -58,6 +60,13 @@ def test_every_map_of_the_comments() -> None:
     assert [convnet5_at_180[layer] for layer in ("conv1", "conv2", "pool2", "conv3", "pool3")] == [44, 44, 21, 21, 10]
     overfeat_at_180 = sides("overfeat5", 180)
     assert [overfeat_at_180[layer] for layer in ("conv1", "pool1", "conv2", "pool2")] == [88, 29, 29, 14]
+
+
+def test_small32_whose_last_pool_without_spp_is_the_ordinary_one() -> None:
+    assert list(sides("small32", 32).values()) == [32, 16, 16, 8, 8, 8]
+    assert list(sides("small32", 26).values()) == [26, 13, 13, 6, 6, 6]
+    maps = torch.randn(2, 3, 8, 8)
+    assert torch.equal(spatial_pyramid_pool2d(maps, [4]), F.max_pool2d(maps, 2).flatten(1))
 
 
 def test_tutorial64_at_64() -> None:

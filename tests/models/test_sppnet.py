@@ -176,7 +176,7 @@ def test_smallest_size_leaves_the_net_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "zf6"}, r"^name='zf6': use one of zf5, convnet5, overfeat5, overfeat7, tutorial64, tiny$"),
+        ({"name": "zf6"}, r"^name='zf6': use one of zf5, convnet5, overfeat5, overfeat7, tutorial64, small32, tiny$"),
         ({"num_classes": 0}, "^num_classes=0: a classifier needs at least 1$"),
         ({"dropout": 1.0}, r"^dropout=1\.0: use a share from 0 up to 1, like 0\.5$"),
         ({"bins": "roi"}, "^bins='roi': use one of appendix_a, window, floor, same, ceil_padded$"),
