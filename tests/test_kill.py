@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 from lightning import Callback
 
-
-# How much of the campaigns is done: a machine at a third of the pace of another one still ends them within half an hour.
+# How much of the campaigns is done; all by default, less where a slow machine shall end within half an hour.
 SHARE = float(os.environ.get("SPP_PROVE_SHARE", "1"))
 
 
