@@ -17,6 +17,7 @@ VERBS = {
     "export": "one file of a run for every image size: ONNX, torch.export or AOTInductor",
     "plan": "print what a training run would do and cost, and what would limit it here",
     "check": "read every file of a data set, and say what is in it and what is wrong with it",
+    "table": "a table of the paper: run what it needs, write it with its intervals",
     "log": "write the dashboard of runs anew from their histories: TensorBoard, Weights & Biases, CSV",
     "cache": "keep training pictures decoded and resized, so that no epoch does it again",
 }

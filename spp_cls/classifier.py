@@ -115,6 +115,7 @@ class Classifier(LightningModule):
         self.test_errors = Errors()
         self.past_errors: list[float] = []  # val/top1_error of each epoch: what a plateau is seen in
         self.test_scores: dict[int, tuple[int, Tensor]] = {}  # row in the index → label, scores (K,)
+        self._views_so_far: dict[int, int] = {}  # row in the index → how many views its scores are the mean of
 
     def forward(self, images: Tensor) -> Tensor:
         # A compiled net has a graph for each shape of a batch. Testing has many shapes, and runs the net as it is.
@@ -128,11 +129,30 @@ class Classifier(LightningModule):
         weights = self.class_weights
         return losses if weights is None else losses * weights[labels]  # type: ignore[index]
 
-    def scores(self, views: Tensor) -> Tensor:
+    def scores(self, views: Tensor, windows: Tensor | None = None) -> Tensor:
         """(B, V, 3, h, w) → class probabilities (B, K): the softmax of each view, averaged (He et al. 2014, §3.1.1)."""
-        logits = self(views.flatten(0, 1))  # (B·V, K)
-        scores: Tensor = logits.float().softmax(-1)
-        return torch.unflatten(scores, 0, views.shape[:2]).mean(1)  # (B, V, K) → (B, K)
+        return self.scores_of_views(views, windows).mean(1)
+
+    def scores_of_views(self, views: Tensor, windows: Tensor | None = None) -> Tensor:
+        """(B, V, 3, h, w) → the softmax of each view (B, V, K).
+
+        With windows (N, 5) in px (which of the V, top, left, bottom, right), these are the views of each image:
+        (B, N, K). They are pooled from the maps of the V (He et al. 2014, §3.1.5).
+        """
+        images = views.flatten(0, 1)
+        if windows is None:
+            logits = self(images)  # (B·V, K)
+        else:
+            first = torch.zeros_like(windows[0])
+            first[0] = views.shape[1]  # image i has the maps from i · V
+            each = torch.stack([windows + i * first for i in range(len(views))])  # (B, N, 5)
+            logits = self.net.forward_windows(images, each.flatten(0, 1))  # type: ignore[operator]
+        return torch.unflatten(logits.float().softmax(-1), 0, (len(views), -1))
+
+    def setup(self, stage: str) -> None:
+        views: Any = getattr(getattr(self.trainer, "datamodule", None), "views", None)
+        if hasattr(views, "check"):
+            views.check(self.net)  # before training, and not when that is done
 
     # Training
 
@@ -202,20 +222,30 @@ class Classifier(LightningModule):
             if i == 0 and self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
                 self.past_errors.append(values["top1_error"])
 
-    # Testing: scores averaged over views
+    # Testing: scores averaged over views, which may come in several batches
 
     def on_test_epoch_start(self) -> None:
         self.test_scores.clear()
+        self._views_so_far.clear()
 
-    def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
-        views, labels, rows = batch
-        scores = self.scores(views)
-        losses = F.nll_loss(scores.clamp_min(1e-12).log(), labels, reduction="none")
-        self.test_errors.update(scores, labels, losses)
-        for row, label, score in zip(rows.tolist(), labels.tolist(), scores.cpu(), strict=True):
-            self.test_scores[row] = (label, score)
+    def test_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
+        views, labels, rows, *windows = batch
+        scores = self.scores_of_views(views, *windows)  # (B, V, K)
+        number = scores.shape[1]
+        for row, label, mean in zip(rows.tolist(), labels.tolist(), scores.mean(1).cpu(), strict=True):
+            before = self._views_so_far.get(row, 0)
+            self._views_so_far[row] = before + number
+            if before:
+                mean = self.test_scores[row][1].lerp(mean, number / (before + number))
+            self.test_scores[row] = (label, mean)
 
     def on_test_epoch_end(self) -> None:
+        tested = list(self.test_scores.values())
+        for i in range(0, len(tested), 1024):
+            labels = torch.tensor([label for label, _ in tested[i : i + 1024]], device=self.device)
+            scores = torch.stack([mean for _, mean in tested[i : i + 1024]]).to(self.device)
+            losses = F.nll_loss(scores.clamp_min(1e-12).log(), labels, reduction="none")
+            self.test_errors.update(scores, labels, losses)
         if self.trainer.world_size > 1:
             gathered: list[Any] = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(gathered, self.test_scores)

@@ -95,6 +95,14 @@ def too_large(images: int, shape: tuple[int, int], accumulation: int) -> str:
     )
 
 
+def gpu_memory(accelerator: str) -> tuple[str, int] | None:
+    """Name and bytes of the GPU that a trainer with this `accelerator` takes here; None where it takes none."""
+    if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return properties.name, properties.total_memory
+
+
 def available_memory() -> int | None:
     """Bytes of main memory that can be had now; None where the system does not say."""
     try:

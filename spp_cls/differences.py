@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from lightning import Trainer
 
 from . import __version__
-from .run import processor
+from .run import digest, processor
 
 HARMLESS, CHANGES, REFUSED = "harmless", "changes the result", "refused"
 
@@ -20,10 +21,11 @@ HARMLESS, CHANGES, REFUSED = "harmless", "changes the result", "refused"
 # holds already, so that another value would be ignored, or what its position is counted in.
 KINDS = {
     "": CHANGES,
-    **dict.fromkeys(("name", "tags", "test", "views", "logger", "checkpoint", "optimized_metric"), HARMLESS),
+    "keep_scores": HARMLESS,
+    **dict.fromkeys(("name", "tags", "test", "tests", "views", "logger", "checkpoint", "optimized_metric"), HARMLESS),
     **dict.fromkeys(("model", "data", "optimizer", "classifier", "seed", "init"), REFUSED),
     **dict.fromkeys(("model.init_from", "model.weights"), HARMLESS),
-    # The index and the pixels are compared themselves.
+    # The index, the pixels and the mean image are compared themselves.
     **dict.fromkeys(("data.root", "data.num_workers", "data.on_bad", "data.max_bad"), HARMLESS),
     **dict.fromkeys(("data.cache", "data.cache_folder"), HARMLESS),
     **dict.fromkeys(("data.val_sizes", "data.flip", "data.colour", "data.place"), CHANGES),
@@ -40,6 +42,7 @@ KINDS = {
 
 
 OF_THE_COMMAND = ("ckpt_path", "resume", "trust")  # by nature others when a run goes on
+DECIDE = ("model.init_from", "model.weights")  # a result, but no longer a run that goes on: its checkpoint has them
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Difference:
                 f"its run read {self.before or 'files'}, this one {self.now}: go on with the same data.cache; "
                 "raw and null give the same pixels"
             )
+        if self.key == "mean_image":
+            return f"its run has another data.mean_image than this one; give the same, {alone}"
         return f"its run has {self.key}={self.before}, here it is {self.now}; go on with the same, {alone}"
 
 
@@ -85,7 +90,7 @@ def machine(trainer: Trainer) -> dict[str, Any]:
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
     """What differs between two identities (see `build.identity`), sorted by key."""
     found = []
-    for key in ("index", "pixels"):
+    for key in ("index", "pixels", "mean_image"):
         if before.get(key) != now.get(key):
             found.append(Difference(key, before.get(key), now.get(key), REFUSED))
     was, is_ = (dict(_flat(identity.get("config", {}))) for identity in (before, now))
@@ -97,6 +102,22 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[Difference]
         if ran.get(key) != runs.get(key):
             found.append(Difference(key, ran.get(key), runs.get(key), CHANGES))
     return found
+
+
+def run_key(config: dict[str, Any], index: str, pixels: str) -> str:
+    """A hash of what decides a run's result, whoever starts it, wherever: 16 hex digits.
+
+    `config` is as in an identity, less what depends on the run's folder; `index` and `pixels` as there. What is null is
+    left out, so that a setting that is new and does nothing changes no key.
+    """
+    flat = {key: value for key, value in _flat(config) if value is not None and key not in OF_THE_COMMAND}
+    decide = {key: value for key, value in flat.items() if decides(key)}
+    return digest(json.dumps([sorted(decide.items()), index, pixels], default=str))
+
+
+def decides(key: str) -> bool:
+    """Whether the setting `key` has a part in a run's result."""
+    return key in DECIDE or _kind(key) != HARMLESS
 
 
 def _kind(key: str, *configs: dict[str, Any]) -> str:

@@ -69,9 +69,10 @@ def register_resolvers() -> None:
 
     `${px:180,${data.region}}`: 180 px at a region of 224, in proportion else. `${choice:model}`: which file of the
     group was chosen. `${run_id:}`: eight hex digits, the same throughout a command. `${choices:train}` and
-    `${settings:train}`: what --help says.
+    `${settings:train}`: what --help says, and `${choices_of:table}` of a group alone.
     """
     OmegaConf.register_new_resolver("choices", help_on_choices, replace=True)
+    OmegaConf.register_new_resolver("choices_of", _help_on_group, replace=True)
     OmegaConf.register_new_resolver("settings", help_on_settings, replace=True)
     OmegaConf.register_new_resolver("px", lambda size, region: round(size * region / 224), replace=True)
     OmegaConf.register_new_resolver("choice", _choice, replace=True)
@@ -94,14 +95,16 @@ def conf_folder() -> Path:
 
 def help_on_choices(verb: str) -> str:
     """The config groups of `verb`, each choice with the first line of its file; the default has a star."""
-    lines = []
-    for group, default in _groups_of(verb).items():
-        lines.append(group)
-        for path in sorted((conf_folder() / group).glob("*.yaml")):
-            comments = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]
-            about = next((line for line in comments if not line.startswith("@package")), "")
-            if path.stem != "base":
-                lines.append(f"  {'*' if path.stem == default else ' '} {group}={path.stem:<20} {about}".rstrip())
+    return "\n".join(_help_on_group(group, default) for group, default in _groups_of(verb).items())
+
+
+def _help_on_group(group: str, default: str | None = None) -> str:
+    lines = [group]
+    for path in sorted((conf_folder() / group).glob("*.yaml")):
+        comments = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]
+        about = next((line for line in comments if not line.startswith("@package")), "")
+        if path.stem != "base":
+            lines.append(f"  {'*' if path.stem == default else ' '} {group}={path.stem:<20} {about}".rstrip())
     return "\n".join(lines)
 
 
@@ -166,6 +169,10 @@ def open_door(verb: str, program: Program, arguments: list[str]) -> None:
             _leave_nothing(Path(HydraConfig.get().runtime.output_dir))
 
     sys.argv = [sys.argv[0], *arguments]
+    if {"-m", "--multirun"} & set(arguments):
+        from .grid import register
+
+        register()
     try:
         hydra.main(config_path=str(conf_folder()), config_name=verb, version_base="1.3")(task)()
     except (HydraException, OmegaConfBaseException) as error:  # --help with a mistake in what stands beside it

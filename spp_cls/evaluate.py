@@ -36,6 +36,11 @@ def evaluate(
     """Rows in the index (n,), labels (n,) and class probabilities (n, K) of every image of `split`, once each."""
     datamodule.views, datamodule.test_split = datamodule.sized(views), split
     trainer.test(classifier, datamodule=datamodule, verbose=False)
+    return scored(classifier)
+
+
+def scored(classifier: Classifier) -> tuple[Labels, Labels, Scores]:
+    """The same of the test that `classifier` made last."""
     rows = sorted(classifier.test_scores)
     labels = [classifier.test_scores[row][0] for row in rows]
     scores = [classifier.test_scores[row][1].numpy() for row in rows]
@@ -103,6 +108,7 @@ def run(config: DictConfig) -> float:
     first: MultiSizeDataModule | None = None
     for each in runs:
         classifier = build.load_classifier(each.checkpoint, config.trust)
+        views.check(classifier.net)
         datamodule = build.restore_datamodule(each, classifier, config.root)
         if config.batch_size:
             datamodule.batch_size = config.batch_size

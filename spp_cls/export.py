@@ -66,6 +66,8 @@ def run(config: DictConfig) -> None:
         raise ValueError(
             f"model.bins={rule.__name__}: rules for study have no form for all sizes; none can be exported"
         )
+    if classifier.identity.get("mean_image"):
+        raise ValueError("data.mean_image: a file would have to warp it to every size; train with data.mean to export")
     smallest, largest = limits(classifier.net, config.smallest, config.largest)
     path = Path(config.output or found.folder / "exports" / f"{found.checkpoint.stem}{suffix}")
     described = about(found, classifier, smallest, largest)

@@ -31,12 +31,13 @@ def plan(
     ranks: int,
     accumulation: int,
     optimizer: str,
+    accelerator: str = "cpu",
 ) -> str:
     """The plan for people: data, net, epoch → size → steps, FLOPs and memory at each size.
 
     `planned` are the shapes (height, width) in px of each epoch, as `planned_shapes` gives them.
     """
-    from .cost import available_memory, cost, in_px
+    from .cost import available_memory, cost, gpu_memory, in_px, too_large
     from .verdict import saved, whole
 
     assert datamodule.index is not None
@@ -75,7 +76,16 @@ def plan(
     less = saved(images, flops) if batches.cut is None else 0
     note = f", {less:.0%} less than all at {in_px(every[-1])}" if less > 0 else ""
     lines.append(f"{whole(images, flops) / 1e15:.3f} PFLOP in all{note}")
-    free = available_memory()
+    free, gpu = available_memory(), gpu_memory(accelerator)
+    if gpu:
+        name, total = gpu
+        needed = {shape: c.training_bytes(batches.images_at_once(shape), optimizer) for shape, c in costs.items()}
+        most = max(needed, key=lambda shape: needed[shape])
+        lines.append(
+            f"memory of the GPU, {name}: {total / 1e9:.1f} GB; in float32 {needed[most] / 1e9:.1f} GB are needed"
+        )
+        if needed[most] > total:
+            lines.append(f"note: in float32 {too_large(batches.images_at_once(most), most, accumulation)}")
     if free:
         lines.append(f"main memory free: {free / 1e9:.1f} GB")
     last = planned[epochs - 1][-1]
@@ -125,15 +135,22 @@ def verdict(
     trainer: Trainer,
     images: Mapping[Shape, int],
     seconds: float,
+    validations: int = 0,
+    test: bool = False,
 ) -> str:
     """The verdict for people: the rates that were measured, what limits, what to change, and the hours of the run.
 
-    `images` says how many images the run sees at each shape in px; each rate is measured for `seconds`. Raises
-    RuntimeError where nothing can be measured here.
+    `images` says how many images the run sees at each shape in px; each rate is measured for `seconds`. The hours are
+    those of training, of so many `validations`, and of the `test`. Raises RuntimeError where nothing can be measured
+    here.
     """
-    from .cost import cost
+    import torch
+
+    from .callbacks import peak_memory
+    from .cost import available_memory, cost
+    from .data import Views
     from .data.cache import is_made
-    from .verdict import duration, measure, sentence, whole
+    from .verdict import duration, measure, seconds_to_test, sentence, whole
 
     kind = datamodule.cache_kind
     if kind and not is_made(datamodule.files, kind, datamodule.cache_folder):
@@ -145,8 +162,10 @@ def verdict(
         chosen, seen = [None], {None: sum(images.values())}
     elif len(every) > 4:
         chosen = [every[i * (len(every) - 1) // 3] for i in range(4)]
+    if test:
+        datamodule.views.check(classifier.net)
     rates = measure(classifier, datamodule, trainer, chosen, seconds)
-    ranks = trainer.world_size
+    ranks, device = trainer.world_size, trainer.strategy.root_device
     one = f", on one of {ranks} devices" if ranks > 1 else ""
     lines = [
         f"\nimages/s, {datamodule.plan.micro_batch_size} at once on {trainer.strategy.root_device}{one}",
@@ -159,9 +178,32 @@ def verdict(
         shape: float(cost(classifier.net, shape).training_flops) for shape in chosen if shape
     }
     lines.append(f"verdict: {sentence(rates, seen, flops, remedies(datamodule, trainer))}")
-    took = whole(seen, {r.shape: 1 / r.together for r in rates}) / ranks
-    lines.append(f"about {duration(took)} of training in all, validation not counted")
+    used = peak_memory(device) / 1e9
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory / 1e9
+        lines.append(f"memory of the GPU in use, at most: {used:.1f} of {total:.1f} GB")
+    else:
+        lines.append(f"main memory in use, at most: {used:.1f} GB; {(available_memory() or 0) / 1e9:.1f} GB are free")
+    took = {"of training": whole(seen, {r.shape: 1 / r.together for r in rates}) / ranks}
+    if validations:
+        each = (Views("center_crop", size) for size in datamodule.val_sizes)
+        once = sum(seconds_to_test(classifier, datamodule, trainer, views, "val", seconds) for views in each)
+        took[f"of {validations} validations"] = validations * once
+    if test:
+        by = datamodule.views
+        took[f"of the test by {by.crops}"] = seconds_to_test(classifier, datamodule, trainer, by, "test", seconds)
+    parts = ", ".join(f"{duration(part)} {what}" for what, part in took.items())
+    lines.append(f"about {duration(sum(took.values()))} in all: {parts}")
     return "\n".join(lines)
+
+
+def validations(trainer: Trainer, epochs: int, batches: int) -> int:
+    """How often `trainer` validates in so many epochs, of so many micro-batches each."""
+    every, interval = trainer.check_val_every_n_epoch, trainer.val_check_interval
+    if not trainer.limit_val_batches:
+        return 0
+    steps = max(1, int(interval * batches)) if isinstance(interval, float) else interval or batches
+    return epochs // every * (batches // steps) if every else epochs * batches // steps
 
 
 def remedies(datamodule: MultiSizeDataModule, trainer: Trainer) -> list[str]:
@@ -195,12 +237,11 @@ def run(config: DictConfig) -> None:
     datamodule = build.build_datamodule(config)
     identity = build.identity(config, datamodule)
     classifier = build.build_classifier(config, identity, build.class_weights(config, datamodule))
-    ranks = _devices(config.trainer.devices, config.trainer.accelerator) * config.trainer.num_nodes
+    accelerator = config.trainer.accelerator
+    ranks = _devices(config.trainer.devices, accelerator) * config.trainer.num_nodes
     optimizer = str(config.optimizer._target_).rpartition(".")[2]
-    planned = datamodule.planned_shapes(epochs)
-    print(
-        plan(classifier.net, datamodule, planned, ranks, config.trainer.accumulate_grad_batches, optimizer), flush=True
-    )
+    planned, accumulation = datamodule.planned_shapes(epochs), config.trainer.accumulate_grad_batches
+    print(plan(classifier.net, datamodule, planned, ranks, accumulation, optimizer, accelerator), flush=True)
     if not seconds:
         return
     try:
@@ -208,8 +249,10 @@ def run(config: DictConfig) -> None:
     except (ValueError, MisconfigurationException) as error:  # a plan may be for another machine
         print(_none(error))
         return
+    images = images_at(datamodule, planned)
+    often = validations(trainer, epochs, datamodule.plan.num_batches * accumulation)
     try:
-        print(verdict(classifier, datamodule, trainer, images_at(datamodule, planned), seconds))
+        print(verdict(classifier, datamodule, trainer, images, seconds, often, config.test))
     except RuntimeError as error:
         print(_none(error))
 

@@ -40,12 +40,16 @@ def predict(classifier: Classifier, paths: list[Path], views: Views, top: int = 
     with torch.inference_mode():
         for path in paths:
             try:
-                pixels = read_views(path, views, known["resize"], known["region"])  # (V, 3, h, w)
+                passes = read_views(path, views, known["resize"], known["region"])
             except ValueError as error:
                 yield Prediction(path, error=str(error))
                 continue
-            images = normalise(pixels[None].to(classifier.device), known["mean"], known["std"])
-            best = classifier.scores(images)[0].topk(min(top, len(known["classes"])))
+            scores = []  # of each pass (1, V, K)
+            for pixels, windows in passes:
+                images = normalise(pixels[None].to(classifier.device), known["mean"], known["std"])  # (1, V, 3, h, w)
+                where = None if windows is None else windows.to(classifier.device)
+                scores.append(classifier.scores_of_views(images, where))
+            best = torch.cat(scores, 1).mean(1)[0].topk(min(top, len(known["classes"])))
             names = tuple(known["classes"][k] for k in best.indices.tolist())
             yield Prediction(path, names, tuple(best.values.tolist()))
 
@@ -113,6 +117,7 @@ def run(config: DictConfig) -> None:
     run = build.load_run(config.run, config.ckpt, config.trust)
     classifier = build.load_classifier(run.checkpoint, config.trust)
     views = Views(views.crops, views.size or classifier.identity["region"])
+    views.check(classifier.net)
     if config.device == "auto":
         classifier.to("cuda" if torch.cuda.is_available() else "cpu")
     else:

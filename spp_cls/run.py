@@ -2,11 +2,11 @@
 
 config.yaml       the whole config, resolved        history.jsonl   a line a step, a line an epoch
 environment.json  command, commit, versions, hashes  timing.jsonl    where the time went
-results.json      errors at the end                  checkpoints/    last.ckpt, best.ckpt
+results.json      errors at the end, all tests       checkpoints/    last.ckpt, best.ckpt
 tensorboard/      if that logger is on, as csv/,     evaluations/    what `spp evaluate` wrote
                   and wandb/ with wandb_id
 events.jsonl      what happened to it: signals, resumes and what they changed
-exports/          what `spp export` wrote
+exports/          what `spp export` wrote              key             a hash of what decides its result
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 from .ranks import job
 
 CHECKPOINTS = "checkpoints"
+RESULTS, KEY = "results.json", "key"
 PATIENCE = 10.0
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # the second where there are quotas
 _PACKAGES = (
@@ -56,7 +57,7 @@ class Run:
     @property
     def results(self) -> dict[str, Any]:
         """What `results.json` holds; empty where there is none yet."""
-        path = self.folder / "results.json"
+        path = self.folder / RESULTS
         return json.loads(path.read_text()) if path.is_file() else {}
 
 
@@ -80,6 +81,12 @@ def find_checkpoint(path: str | Path, which: str = "last") -> Path:
     if not checkpoint.is_file():
         raise ValueError(f"{checkpoint} does not exist; the run has saved no {which!r} checkpoint")
     return checkpoint
+
+
+def read_key(folder: Path) -> str:
+    """The key of the run of `folder`; empty where it has none."""
+    path = folder / KEY
+    return path.read_text().strip() if path.is_file() else ""
 
 
 def how_to_go_on(folder: Path) -> str:

@@ -5,22 +5,27 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from .door import is_multirun, open_door, typed
+from .door import key_of, open_door, typed
 
 if TYPE_CHECKING:
     from lightning import LightningDataModule, LightningModule, Trainer
     from torch import nn
 
-    from .build import Saved
+    from .build import Saved, Test
     from .classifier import Classifier
     from .data import MultiSizeDataModule
     from .differences import Difference
+    from .results import Row
+
+SCORES = "scores"  # a folder of the run: class probabilities of each image by test, if they are kept
 
 
 def train(
@@ -48,6 +53,35 @@ def _take_saved_weights(classifier: LightningModule, trainer: Trainer, ckpt_path
     state = torch.load(ckpt_path, map_location="cpu", weights_only=True)
     if state["global_step"] == trainer.global_step:
         classifier.load_state_dict(state["state_dict"])
+
+
+def test(
+    classifier: Classifier,
+    datamodule: MultiSizeDataModule,
+    trainer: Trainer,
+    more: Sequence[Test],
+    keep: Path | None = None,
+) -> list[Row]:
+    """What result rows say of the test that `train` has just made, and of those in `more`, which are made here.
+
+    The class probabilities of each image are kept in the folder `keep`, if one is given.
+    """
+    from .build import Test
+    from .evaluate import evaluate, scored
+    from .results import result_of_test, save_scores
+
+    rows: list[Row] = []
+    for each in (Test(datamodule.views), *more):
+        began, seconds = time.perf_counter(), None
+        if rows:
+            _, labels, scores = evaluate(classifier, datamodule, trainer, each.views, each.split)
+            seconds = time.perf_counter() - began
+        else:
+            _, labels, scores = scored(classifier)
+        rows.append(result_of_test(each.name, labels, scores, seconds))
+        if keep is not None and trainer.is_global_zero:
+            save_scores(keep, each.name, labels, scores)
+    return rows
 
 
 def check(net: nn.Module, datamodule: MultiSizeDataModule, trainer: Trainer) -> None:
@@ -79,25 +113,21 @@ def check(net: nn.Module, datamodule: MultiSizeDataModule, trainer: Trainer) -> 
 def run(config: DictConfig) -> float | None:
     """Everything that `spp train` does with a config; gives `optimized_metric` for sweepers."""
     from . import build, dashboards
-    from .ranks import place
-    from .run import find_checkpoint, in_training
+    from .results import read_results
+    from .run import KEY, find_checkpoint, in_training, read_key, write_whole
 
     folder = Path(HydraConfig.get().runtime.output_dir)
-    several_ranks = config.trainer.devices not in (1, "1") or config.trainer.num_nodes != 1 or place().ranks > 1
-    if is_multirun() and several_ranks:
-        raise ValueError(
-            f"trainer.devices={config.trainer.devices} with -m: further ranks would run the whole grid again; "
-            "start each of its runs by a command of its own"
-        )
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     ckpt_path = find_checkpoint(config.ckpt_path) if config.ckpt_path else None
     if ckpt_path and not config.trust:  # before anything that it names is even imported
         build.refuse_untrusted(resolved, ckpt_path)
         build.refuse_elsewhere(resolved, folder, ckpt_path)
+    asked = config
     config = OmegaConf.create(resolved)  # what was looked at, and no interpolation that may yet give another thing
     build.check_arguments(config)
     if config.resume not in (None, "auto"):
         raise ValueError(f"resume={config.resume}: use auto or null; a run by its folder is ckpt_path=RUN")
+    tests = build.tests_of(config.tests, config.data.region)
     saved = build.read_saved(ckpt_path) if ckpt_path else None
     if saved:
         before = {"config": saved.identity["config"]}
@@ -114,21 +144,38 @@ def run(config: DictConfig) -> float | None:
             config.model.init_from = None  # the checkpoint has the weights
     classifier = build.build_classifier(config, identity, build.class_weights(config, datamodule))
     check(classifier.net, datamodule, trainer)
+    for each in tests:
+        each.views.check(classifier.net)
     _ = datamodule.pictures  # a cache that is wanted is made here, before other ranks are started
+    key = build.key_of(asked, datamodule)
+    before = read_results(folder) if saved else {}
+    stay = before.get("tests", []) if before.get("key") == key else []  # that were made of the same weights
+    made = {build.Test(datamodule.views).name, *(one["test"] for one in stay)}
+    tests = list({test.name: test for test in tests if test.name not in made}.values())
 
     if not trainer.is_global_zero:
         train(classifier, datamodule, trainer, ckpt_path, config.test)
+        if config.test and not trainer.interrupted:
+            test(classifier, datamodule, trainer, tests)
         return None
+    tested: list[Row] = []
     folder.mkdir(parents=True, exist_ok=True)
     with in_training(folder):
         _write_what_begins(folder, OmegaConf.to_yaml(OmegaConf.create(resolved)), datamodule, classifier)
+        if saved and read_key(folder) != key:
+            key = ""  # what went on otherwise than it began is no run of either setting
+        write_whole(folder / KEY, f"{key}\n")
         if saved:
             _say_what_differs(folder, saved, found)
         try:
             metrics = train(classifier, datamodule, trainer, ckpt_path, config.test)
+            if config.test and not trainer.interrupted:
+                tested = test(classifier, datamodule, trainer, tests, folder / SCORES if config.keep_scores else None)
         finally:
             dashboards.close(trainer.loggers)
-        return _write_what_came_out(folder, trainer, metrics, config)
+        names = {one["test"] for one in tested}
+        tested += [one for one in stay if one["test"] not in names]
+        return _write_what_came_out(folder, trainer, metrics, config, {"key": key, "tests": tested})
 
 
 def _write_what_begins(folder: Path, config: str, datamodule: MultiSizeDataModule, classifier: Classifier) -> None:
@@ -147,8 +194,12 @@ def _write_what_begins(folder: Path, config: str, datamodule: MultiSizeDataModul
     print(f"{datamodule.index.describe()}\nnet: {parameters:,} parameters\nrun: {folder}", file=sys.stderr)
 
 
-def _write_what_came_out(folder: Path, trainer: Trainer, metrics: dict[str, float], config: DictConfig) -> float | None:
-    from .run import write_json
+def _write_what_came_out(
+    folder: Path, trainer: Trainer, metrics: dict[str, float], config: DictConfig, more: dict[str, Any]
+) -> float | None:
+    from .differences import decides
+    from .going_on import settings, settings_in
+    from .run import RESULTS, write_json
 
     epochs = trainer.fit_loop.epoch_progress.current.completed
     if "train/loss" not in metrics:
@@ -157,8 +208,12 @@ def _write_what_came_out(folder: Path, trainer: Trainer, metrics: dict[str, floa
             file=sys.stderr,
         )
     metrics = {**_last_values(folder), **metrics}  # of a validation before this epoch, or before it went on
-    write_json(folder / "results.json", {"epochs": epochs, **metrics})
+    words = settings() or settings_in(HydraConfig.get().overrides.task)
+    deciding = [word for word in words if decides(key_of(word))]
+    write_json(folder / RESULTS, {"seed": config.seed, "settings": deciding, "epochs": epochs, **metrics, **more})
     _say_where(folder, metrics, config)
+    for test in more["tests"][1:]:
+        print(f"test error ({test['test']}): top-1 {test['top1_error']:.2f} %")
     name = config.optimized_metric
     if name and name not in metrics and not config.trainer.fast_dev_run:
         if not any(known.startswith("val/") for known in metrics):

@@ -19,13 +19,14 @@ from tqdm import tqdm
 
 from .classifier import Classifier
 from .cost import available_memory, cost, in_px, too_large
-from .data import MultiSizeDataModule
+from .data import MultiSizeDataModule, Views
 from .data.plan import Shape
-from .data.source import TrainBatch
+from .data.source import TrainBatch, ViewsBatch
 
 # Takes one training step on a batch: of regions at a shape in px, of whole pictures (None) as they come.
 Step = Callable[[TrainBatch, Shape | None], None]
 At = TypeVar("At", bound=Shape | None)
+Batch = TypeVar("Batch", TrainBatch, ViewsBatch)
 
 _FULL = 0.9  # this share of a rate is counted as the whole of it: measurements of seconds differ by as much
 _HELD = 8  # batches that a net is measured with, where each has its own shape
@@ -194,9 +195,41 @@ def together_rate(
     return _rate(batches, lambda batch: step(batch, shape), device, seconds)
 
 
-def _rate(
-    batches: Iterator[TrainBatch], work: Callable[[TrainBatch], None], device: torch.device, seconds: float
+def seconds_to_test(
+    classifier: Classifier,
+    datamodule: MultiSizeDataModule,
+    trainer: Trainer,
+    views: Views,
+    split: str,
+    seconds: float,
 ) -> float:
+    """Seconds to test all of `split` by `views` on all devices; loader and net together are measured for `seconds`.
+
+    The batches are drawn by chance: some views take longer than others. A first one is not counted.
+    """
+    device, precision = trainer.strategy.root_device, trainer.precision_plugin
+    datamodule.trainer = trainer
+    classifier.to(device).eval()
+
+    def test(batch: ViewsBatch) -> None:
+        moved = datamodule.transfer_batch_to_device(batch, device, 0)
+        images, _, _, *windows = datamodule.on_after_batch_transfer(moved, 0)
+        with torch.inference_mode(), precision.test_step_context():
+            classifier.scores_of_views(images, *windows).cpu()
+
+    def forever() -> Generator[ViewsBatch, None, None]:
+        loader = datamodule.views_loader(views, split, shuffled=True)
+        while True:
+            yield from loader
+
+    with closing(forever()) as batches:
+        test(next(batches))
+        rate = _rate(batches, test, device, seconds)
+    assert datamodule.index is not None
+    return datamodule.index.counts[split] * len(views.passes) / rate / trainer.world_size
+
+
+def _rate(batches: Iterator[Batch], work: Callable[[Batch], None], device: torch.device, seconds: float) -> float:
     """Images/s from the arrival of a first batch to that of another, after `seconds` or more.
 
     Batches come in bursts, one of each worker. The first of a burst is waited for, so that both ends are alike.

@@ -389,3 +389,8 @@ def test_nothing_is_written_outside_the_run_folder(tmp_path: Path) -> None:
     for elsewhere in (str(tmp_path / "other"), "/etc", f"{run}/../other", str(run / "link" / "other")):
         with pytest.raises(ValueError, match="would write to .*, outside its run folder; add trust=true"):
             build.refuse_elsewhere(config(elsewhere), run, run)
+
+
+def test_a_size_costs_no_look_of_hydras(small: list[str]) -> None:
+    sizes = build.build_datamodule(build.composed(small)).sizes
+    assert type(sizes) is partial and sizes(0, 1, 5) == 32  # type: ignore[operator]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from spp_cls.classifier import Classifier, Errors
+from spp_cls.models import sppnet
 from spp_cls.schedules import constant, cosine, plateau
 
 # Lightning's advice: more workers (the pictures are a tensor in memory), and to validate always.
@@ -306,15 +307,54 @@ def test_a_test_averages_views_and_keeps_the_scores_of_every_row() -> None:
     run = trainer()
     run.test(module, DataLoader(TensorDataset(views, labels, rows), batch_size=4), verbose=False)
     with torch.no_grad():
-        expected = module.scores(views)
+        expected = torch.cat([module.scores(views[:4]), module.scores(views[4:])])
     assert set(module.test_scores) == set(rows.tolist())
     for row, label, scores in zip(rows.tolist(), labels.tolist(), expected, strict=True):
         assert module.test_scores[row][0] == label
-        torch.testing.assert_close(module.test_scores[row][1], scores)
+        assert torch.equal(module.test_scores[row][1], scores)  # the bits
     wrong = (expected.argmax(1) != labels).float().mean()
     assert float(run.callback_metrics["test/top1_error"]) == pytest.approx(100 * float(wrong))
     loss = -expected[range(6), labels].log().mean()
     assert float(run.callback_metrics["test/loss"]) == pytest.approx(float(loss), abs=1e-5)
+
+
+def test_every_view_counts_alike_whatever_batch_it_comes_in() -> None:
+    module = classifier().eval()
+    labels, numbers = torch.arange(4) % 3, (6, 18, 1)
+    passes = [random(4, number, 3, 8, 8, seed=i) for i, number in enumerate(numbers)]
+    order = ([0, 1, 2, 3], [2, 0, 3, 1], [3, 2, 1, 0])
+    batches = [
+        (views[half], labels[half], torch.tensor(half) + 10)
+        for views, turn in zip(passes, order, strict=True)
+        for half in (turn[:2], turn[2:])
+    ]
+    run = trainer()
+    for _ in range(2):  # a second test begins anew
+        run.test(module, DataLoader(batches, batch_size=None), verbose=False)  # type: ignore[arg-type]
+        with torch.no_grad():
+            each = [module(view[None])[0].softmax(0) for i in range(4) for views in passes for view in views[i]]
+        expected = torch.stack(each).view(4, sum(numbers), 3).mean(1)
+        for row in range(4):
+            label, scores = module.test_scores[10 + row]
+            assert label == labels[row]
+            torch.testing.assert_close(scores, expected[row], rtol=0, atol=1e-6)
+        # Errors are those of the averaged scores, each image once, and not means over batches.
+        wrong = (expected.argmax(1) != labels).float().mean()
+        assert float(run.callback_metrics["test/top1_error"]) == pytest.approx(100 * float(wrong))
+        loss = -expected[range(4), labels].log().mean()
+        assert float(run.callback_metrics["test/loss"]) == pytest.approx(float(loss), abs=1e-5)
+
+
+def test_windows_are_those_of_each_image() -> None:
+    net = sppnet("tiny", 3, width=0.25)
+    module = classifier(net).eval()
+    views = random(4, 2, 3, 48, 64)
+    windows = torch.tensor([[0, 0, 0, 32, 32], [1, 16, 32, 48, 64], [0, 8, 16, 40, 48]])
+    with torch.no_grad():
+        expected = torch.stack([net.forward_windows(image, windows).softmax(1) for image in views])  # (4, 3, 3)
+        assert module.scores_of_views(views, windows).shape == (4, 3, 3)
+        torch.testing.assert_close(module.scores_of_views(views, windows), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(module.scores(views, windows), expected.mean(1), rtol=0, atol=1e-6)
 
 
 # --- checkpoints

@@ -187,7 +187,9 @@ def test_the_other_trainers_change_what_they_say_and_no_more() -> None:
 # What an experiment, a recipe or a debug says takes effect, with whatever else is chosen
 
 
-MODELS, RECIPES, EXPERIMENTS = FILES["model"], FILES["recipe"], [*FILES["experiment"], ""]
+# Of the studies of pyramids, which differ in one value, one.
+EXPERIMENTS = [name for name in FILES["experiment"] if not name.startswith("study_pyramid_") or name.endswith("_1")]
+MODELS, RECIPES, EXPERIMENTS = FILES["model"], FILES["recipe"], [*EXPERIMENTS, ""]
 DATA = [name for name in FILES["data"] if name != "base"]
 
 
@@ -239,7 +241,10 @@ def test_the_command_line_has_the_last_word() -> None:
 # Experiments
 
 
-@pytest.mark.parametrize("name", FILES["experiment"])
+STUDIES = [name for name in FILES["experiment"] if name.startswith("study_")]
+
+
+@pytest.mark.parametrize("name", sorted(set(FILES["experiment"]) - set(STUDIES)))
 def test_an_experiment_says_what_of_the_paper_it_is_what_to_expect_and_how_to_run_it(name: str) -> None:
     text = (CONF / "experiment" / f"{name}.yaml").read_text()
     header = [line for line in text.splitlines() if line.startswith("#")]
@@ -265,6 +270,62 @@ ROWS = {
 }
 
 
+PYRAMIDS = {"1": [1], "21": [2, 1], "321": [3, 2, 1], "4321": [4, 3, 2, 1], "6321": [6, 3, 2, 1], "6": [6]}
+# What each study changes of the defaults: choices of groups, and values.
+CHANGES: dict[str, dict[str, Any]] = {
+    "study_four_sizes": {"sizes.sizes": [128, 160, 192, 224]},
+    "study_size_per_batch": {"choices.sizes": "per_batch", "sizes.sizes": [128, 160, 192, 224]},
+    "study_growing_sizes": {"choices.sizes": "growing", "sizes.low": 128, "sizes.high": 224, "sizes.epochs": 16},
+    "study_full_image": {"choices.sizes": "full_image", "choices.views": "full_image", "sizes.size": 224},
+    "study_fine_tune": {
+        "choices.sizes": "single",
+        "model.init_from": "RUN",
+        "trainer.max_epochs": 4,
+        "optimizer.lr": 1e-4,
+    },
+    **{
+        f"study_pyramid_{name}": {"choices.sizes": "single", "sizes.size": 224, "model.levels": levels}
+        for name, levels in PYRAMIDS.items()
+    },
+}
+
+
+def test_the_studies_are_those_whose_changes_are_known() -> None:
+    assert set(CHANGES) == set(STUDIES)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_says_what_it_studies_what_is_expected_or_unknown_and_how_to_run_it(name: str) -> None:
+    text = (CONF / "experiment" / f"{name}.yaml").read_text()
+    header = [line for line in text.splitlines() if line.startswith("#")]
+    body = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    assert header[0] == "# @package _global_"
+    assert header[1].startswith("# Study: ")
+    assert re.search(r"Expected|Unknown", " ".join(header))
+    assert len(body) <= 8
+    command = next(line for line in header if line.startswith("# spp train ")).removeprefix("# spp train ").split()
+    assert command[:3] == [f"experiment={name}", "model=torchvision", "model.name=resnet18"]
+    config = compose(*command)
+    assert {key: at(config, key) for key in CHANGES[name]} == CHANGES[name]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_takes_effect_with_any_net_data_and_recipe(name: str) -> None:
+    for model, data, recipe, region in (("zf5", "imagenet", "paper", 224), ("small32", "cifar10", "scratch", 32)):
+        words = [f"experiment={name}", f"model={model}", f"data={data}", f"recipe={recipe}"]
+        config = compose(*words)
+        changes = dict(CHANGES[name])
+        for key in ("sizes.sizes", "sizes.size", "sizes.low", "sizes.high"):
+            if key in changes:
+                given = changes[key]
+                scaled = [round(size * region / 224) for size in ([given] if isinstance(given, int) else given)]
+                changes[key] = scaled[0] if isinstance(given, int) else scaled
+        if "sizes.epochs" in changes:
+            changes["sizes.epochs"] = {"paper": 70, "scratch": 16}[recipe]
+        assert {key: at(config, key) for key in changes} == changes
+        assert list(unknown_keys(config)) == []
+
+
 @pytest.mark.parametrize(("region", "small"), [(224, 180), (32, 26)])
 def test_sizes_are_in_proportion_to_the_region(region: int, small: int) -> None:
     def sizes(name: str) -> Node:
@@ -274,6 +335,9 @@ def test_sizes_are_in_proportion_to_the_region(region: int, small: int) -> None:
     assert sizes("alternating")["sizes"] == [small, region]
     assert sizes("single")["size"] == region
     assert (sizes("uniform")["low"], sizes("uniform")["high"]) == (small, region)
+    four = [round(size * region / 224) for size in (128, 160, 192, 224)]
+    assert sizes("per_batch")["sizes"] == four
+    assert (sizes("growing")["low"], sizes("growing")["high"]) == (four[0], region)
 
 
 def test_what_is_computed_follows_what_is_given() -> None:
@@ -311,3 +375,48 @@ def test_files_hold_no_key_twice() -> None:
     Strict.add_constructor("tag:yaml.org,2002:map", mapping)
     for path in Path(CONF).rglob("*.yaml"):
         yaml.load(path.read_text(), Strict)
+
+
+# The pages that name options
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def commands(page: str) -> Iterator[tuple[str, list[str]]]:
+    """(verb, words) of each command, and (train, the word) of each lone key=value, in the page's code."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    fenced = "".join(re.findall(r"^```.*?^```", text, re.MULTILINE | re.DOTALL))
+    spans = [*re.findall(r"`([^`\n]+)`", text.replace(fenced, "")), *fenced.splitlines()]
+    for span in spans:
+        words = [word for word in span.partition("  #")[0].split() if "=" in word and "…" not in word]
+        verb = span.split()[1] if span.startswith("spp ") else "train"
+        if words:
+            yield verb, words
+
+
+@pytest.mark.parametrize(("page", "least"), [("fidelity.md", 15), ("studies.md", 15)])
+def test_every_option_that_a_page_names_exists(page: str, least: int) -> None:
+    found = list(commands(page))
+    assert sum(len(words) for _, words in found) >= least
+    composed: dict[tuple[str, ...], Node] = {}
+    for verb, words in found:
+        runs = [one for word in words if word.startswith("experiment=") for one in word[11:].split(",")]
+        assert set(runs) <= set(FILES["experiment"]), runs
+        rest = [word for word in words if not word.startswith(("experiment=", "run="))]
+        if rest and (verb, *rest) not in composed:
+            config = composed[(verb, *rest)] = compose(*(f"experiment={run}" for run in runs[:1]), *rest, verb=verb)
+            groups = [word.split("=") for word in rest if word.partition("=")[0] in config["choices"]]
+            assert all(config["choices"][group] == choice for group, choice in groups)
+
+
+def test_fidelity_names_every_place_where_a_comment_says_paper() -> None:
+    package = ROOT / "spp_cls"
+    with_comments = {
+        path.relative_to(package).as_posix(): path.read_text(encoding="utf-8").count("Paper: ")
+        for path in package.rglob("*.py")
+        if "Paper: " in path.read_text(encoding="utf-8")
+    }
+    page = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")
+    listed = {name: int(count) for name, count in re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", page, re.MULTILINE)}
+    assert listed == with_comments

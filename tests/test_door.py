@@ -191,10 +191,10 @@ defaults: [base, _self_]
 root: flat
 layout: {_target_: mydata.by_prefix, _partial_: true, test_every: 3}
 """,
-    "conf/sizes/growing.yaml": "{_target_: mysizes.growing, _partial_: true, low: 20, high: '${data.region}'}",
+    "conf/sizes/rising.yaml": "{_target_: mysizes.rising, _partial_: true, low: 20, high: '${data.region}'}",
     "conf/callbacks/mine.yaml": "{defaults: [default, _self_], mine: {_target_: mycallback.Count, path: counted}}",
     "conf/experiment/mine.yaml": """# @package _global_
-defaults: [override /model: mine, override /data: mine, override /sizes: growing, override /callbacks: mine]
+defaults: [override /model: mine, override /data: mine, override /sizes: rising, override /callbacks: mine]
 data: {region: 32, resize: 36, batch_size: 4, num_workers: 0}
 trainer: {max_epochs: 3, accelerator: cpu}
 """,
@@ -216,7 +216,7 @@ def by_prefix(root, test_every):
     splits = [{0: "test", 1: "val"}.get(i % test_every, "train") for i in range(len(paths))]
     return Listing(("a", "b"), paths, ["ab".index(path[0]) for path in paths], splits)
 """,
-    "mysizes.py": "def growing(seed, epoch, batch, *, low, high):\n    return min(high, low + 6 * epoch)\n",
+    "mysizes.py": "def rising(seed, epoch, batch, *, low, high):\n    return min(high, low + 6 * epoch)\n",
     "mycallback.py": """
 from lightning import Callback
 class Count(Callback):
@@ -257,7 +257,7 @@ def test_a_net_a_data_set_sizes_and_a_callback_of_ones_own(spp: Spp, tmp_path: P
     assert str(picture) in spp("predict", f"run={run}", "trust=true", picture).out
 
     answer = spp("train", "experiment=mnie")
-    assert "did you mean mine? (mine, table2a_no_spp" in answer.err
+    assert "did you mean mine? (mine, study_fine_tune" in answer.err
 
 
 def test_a_folder_of_configs_can_be_named(spp: Spp, tmp_path: Path) -> None:

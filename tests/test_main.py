@@ -92,7 +92,7 @@ def test_all_ways_in_say_the_same(tmp_path: Path) -> None:
     [
         ("spp train mod", {"model=", "model."}),
         ("spp train model=z", {"model=zf5"}),
-        ("spp evaluate views=", {"views=center_crop", "views=full_image", "views=ten_crop"}),
+        ("spp evaluate views=t", {"views=ten_crop", "views=ten_crop_maps"}),
     ],
 )
 def test_the_tab_key(tmp_path: Path, line: str, answers: set[str]) -> None:

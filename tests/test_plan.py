@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 from conftest import Spp
+from lightning import Trainer
 
 from spp_cls.cost import cost
-from spp_cls.data import FullImage, MultiSizeDataModule
+from spp_cls.data import FullImage, MultiSizeDataModule, Views
 from spp_cls.data.layouts import folder
 from spp_cls.data.sizes import single
 from spp_cls.models import sppnet
-from spp_cls.plan import images_at, remedies, verdict
+from spp_cls.plan import images_at, remedies, validations, verdict
+from spp_cls.verdict import Rates
 
 
 def rows(out: str, header: str) -> list[list[str]]:
@@ -131,7 +133,9 @@ def test_the_verdict_stands_on_measurements_and_leaves_nothing(spp: Spp, small: 
         assert limits in ("loader", "net", "both")
     assert len({row[1] for row in found}) == 1  # regions are the same at all sizes
     assert answer.out.count("verdict: ") == 1
-    assert re.search(r"\nabout \d+ s of training in all", answer.out)
+    assert re.search(r"\nmain memory in use, at most: \d+\.\d GB; \d+\.\d GB are free\n", answer.out)
+    times = r"\nabout \d+ s in all: \d+ s of training, \d+ s of 5 validations, \d+ s of the test by center_crop\n"
+    assert re.search(times, answer.out)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -159,6 +163,70 @@ def test_a_plan_for_another_machine_stands_without_a_verdict(
     assert answer.code == 0, answer.err
     assert len(rows(answer.out, "size px map")) == 2
     assert answer.out.splitlines()[-1].startswith("no verdict: trainer.accelerator=gpu: no GPU is to be seen here")
+
+
+def test_the_hours_are_those_of_training_validation_and_test(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 72 images at 10 a second, 3 validations of 9 images at two sizes, one test of 9, on two devices.
+    module = made(pictures, partial(single, size=32), val_sizes=[32, 26], views=Views("ten_crop"))
+    trainer: Any = SimpleNamespace(
+        world_size=2, num_devices=2, strategy=SimpleNamespace(root_device=SimpleNamespace(type="cpu"))
+    )
+    asked = []
+
+    def seconds_to_test(_: Any, __: Any, ___: Any, views: Views, split: str, seconds: float) -> float:
+        asked.append((views, split, seconds))
+        return 100.0 if split == "val" else 4.0
+
+    monkeypatch.setattr("spp_cls.verdict.measure", lambda *_: [Rates((32, 32), 10, 10, 10)])
+    monkeypatch.setattr("spp_cls.verdict.seconds_to_test", seconds_to_test)
+    classifier: Any = SimpleNamespace(net=sppnet("tiny", 3, fc=(8,), width=0.25))
+    said = verdict(classifier, module, trainer, {(32, 32): 72}, 0.5, validations=3, test=True)
+    # 72 / 10 / 2 + 3 · 200 + 4
+    assert said.splitlines()[-1] == (
+        "about 10 min in all: 4 s of training, 10 min of 3 validations, 4 s of the test by ten_crop"
+    )
+    size_32, size_26 = Views("center_crop", 32), Views("center_crop", 26)
+    assert asked == [(size_32, "val", 0.5), (size_26, "val", 0.5), (Views("ten_crop", 32), "test", 0.5)]
+    trainer.strategy.root_device.type = "cuda"
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=80_000_000_000))
+    monkeypatch.setattr("spp_cls.callbacks.peak_memory", lambda _: 5_120_000_000)
+    *_, memory, hours = verdict(classifier, module, trainer, {(32, 32): 72}, 0.5).splitlines()
+    assert memory == "memory of the GPU in use, at most: 5.1 of 80.0 GB"
+    assert hours == "about 4 s in all: 4 s of training"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 10),
+        ({"check_val_every_n_epoch": 3}, 3),
+        ({"limit_val_batches": 0}, 0),
+        ({"val_check_interval": 0.25}, 40),
+        ({"val_check_interval": 4}, 20),  # of 8 batches
+        ({"val_check_interval": 16, "check_val_every_n_epoch": None}, 5),
+    ],
+)
+def test_how_often_a_trainer_validates(options: dict[str, Any], expected: int) -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **options)
+    assert validations(trainer, 10, 8) == expected
+
+
+def test_memory_of_the_gpu_stands_beside_what_is_needed(
+    spp: Spp, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = cost(sppnet("tiny", 3, fc=(128,), dropout=0.2, width=0.25), (32, 32)).training_bytes(8)
+    words = [*small, "measure=0", "trainer.accelerator=auto"]
+    monkeypatch.setattr(
+        "spp_cls.cost.gpu_memory", lambda accelerator: accelerator == "auto" and ("A100", 80_000_000_000)
+    )
+    answer = spp("plan", *words)
+    assert answer.code == 0, answer.err
+    line = f"memory of the GPU, A100: 80.0 GB; in float32 {needed / 1e9:.1f} GB are needed\n"
+    assert line in answer.out and "note: in float32" not in answer.out
+    assert "memory of the GPU" not in spp("plan", *small, "measure=0").out
+    monkeypatch.setattr("spp_cls.cost.gpu_memory", lambda _: ("A1", needed - 1))
+    note = "note: in float32 8 images of 32 px at once do not fit into memory: set trainer.accumulate_grad_batches=2"
+    assert note in spp("plan", *words).out
 
 
 def test_no_cache_is_made_for_a_verdict(pictures: Path, tmp_path: Path) -> None:

@@ -21,11 +21,12 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_probabilities_are_those_of_evaluate(spp: Spp, run: Path, pictures: Path) -> None:
-    assert spp("evaluate", f"run={run}", "views=ten_crop").code == 0
-    file = np.load(run / "evaluations" / "test_ten_crop_32" / "scores.npz")
+@pytest.mark.parametrize("views", ["ten_crop", "ten_crop_maps", "multi_scale_full"])
+def test_probabilities_are_those_of_evaluate(spp: Spp, run: Path, pictures: Path, views: str) -> None:
+    assert spp("evaluate", f"run={run}", f"views={views}").code == 0
+    file = np.load(run / "evaluations" / f"test_{views}_32" / "scores.npz")
     paths = [pictures / str(path) for path in file["paths"]]
-    answer = spp("predict", f"run={run}", "views=ten_crop", "format=jsonl", "device=cpu", *paths)
+    answer = spp("predict", f"run={run}", f"views={views}", "format=jsonl", "device=cpu", *paths)
     assert answer.code == 0, answer.err
     rows = [json.loads(line) for line in answer.out.splitlines()]
     assert [row["path"] for row in rows] == [str(path) for path in paths]

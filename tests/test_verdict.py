@@ -17,12 +17,23 @@ from torch import nn
 
 from spp_cls import verdict
 from spp_cls.classifier import Classifier
-from spp_cls.data import FullImage, MultiSizeDataModule
+from spp_cls.data import FullImage, MultiSizeDataModule, Views
 from spp_cls.data.layouts import folder
 from spp_cls.data.sizes import alternating
 from spp_cls.data.source import TrainBatch
 from spp_cls.schedules import constant
-from spp_cls.verdict import Rates, duration, loader_rate, make_step, measure, net_rate, saved, sentence, whole
+from spp_cls.verdict import (
+    Rates,
+    duration,
+    loader_rate,
+    make_step,
+    measure,
+    net_rate,
+    saved,
+    seconds_to_test,
+    sentence,
+    whole,
+)
 
 SMALL, LARGE = (180, 180), (224, 224)
 EACH = {SMALL: 1000, LARGE: 1000}  # images of the run at each size
@@ -213,6 +224,48 @@ def test_whole_pictures_are_measured_as_they_come(pictures: Path) -> None:
     (rates,) = measure(classifier, datamodule, make_trainer(max_epochs=1), [None], 0.05)
     assert rates.shape is None and rates.net > 0
     assert len(seen) > 1 and seen <= set(datamodule.planned_shapes(1)[0])
+
+
+def test_testing_takes_as_long_as_its_images_at_the_rate_of_some(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 9 pictures, views of one at a time: a batch of one image takes a second, wherever in the split it is.
+    datamodule = make_datamodule(pictures, partial(alternating, sizes=[26, 32]))
+    datamodule.batch_size = 1
+    clock, classifier, seen = Clock(monkeypatch), make_classifier(), []
+    before = copy.deepcopy(classifier.state_dict())
+    test = classifier.scores_of_views
+
+    def scores_of_views(views: torch.Tensor, *windows: torch.Tensor) -> torch.Tensor:
+        clock.now += 1
+        seen.append((tuple(views.shape), classifier.training))
+        return test(views, *windows)
+
+    classifier.scores_of_views = scores_of_views  # type: ignore[method-assign]
+    words = (classifier, datamodule, make_trainer())
+    assert seconds_to_test(*words, Views("center_crop", 26), "test", 3.5) == pytest.approx(9)
+    assert seen == [((1, 1, 3, 26, 26), False)] * 5  # the first is not counted
+    assert seconds_to_test(*words, Views("ten_crop", 32), "val", 20) == pytest.approx(9)
+    assert seen[5:] == [((1, 10, 3, 32, 32), False)] * 21  # more than once through the split
+    assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
+
+
+def test_views_at_several_scales_are_measured_as_a_mixture(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datamodule = make_datamodule(pictures, partial(alternating, sizes=[26, 32]))
+    datamodule.batch_size = 1
+    clock, classifier, sides = Clock(monkeypatch), make_classifier(), []
+
+    def scores_of_views(views: torch.Tensor, *windows: torch.Tensor) -> torch.Tensor:
+        sides.append(min(views.shape[-2:]))
+        clock.now += sides[-1]
+        return torch.zeros(len(views), 1, 3)
+
+    classifier.scores_of_views = scores_of_views  # type: ignore[method-assign]
+    views = Views("multi_scale", 32)
+    found = seconds_to_test(classifier, datamodule, make_trainer(), views, "test", 100_000)
+    once = sum(each.shorter_side(32, 36, 32) for each in views.passes)
+    assert found == pytest.approx(9 * once, rel=0.01)
+    assert len(set(sides[:7])) > 3  # not one scale after the other
 
 
 def test_a_picture_that_cannot_be_read_is_named_as_in_training(tmp_path: Path, pictures: Path) -> None:

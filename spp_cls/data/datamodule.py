@@ -6,6 +6,7 @@ import ctypes
 import math
 import os
 import queue
+import random
 import signal
 import sys
 import threading
@@ -23,10 +24,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .cache import KINDS, choose, make_cache
-from .device import device_step, normalise
+from .device import Mean, device_step, normalise
 from .full_image import Cut, FullImage, cut
 from .index import ON_BAD, SPLITS, Index, usable_index
 from .layouts import Listing
+from .mean_image import find_mean_image
 from .plan import LAST_BATCHES, Plan, Shape, order_of_batches
 from .reader import MAX_PIXELS
 from .sizes import Sizes, planned
@@ -47,7 +49,8 @@ class MultiSizeDataModule(LightningDataModule):
         root: the folder of the pictures.
         layout: how it is laid out, a function of `spp_cls.data.layouts` with its options.
         sizes: (seed, epoch, batch) → training size in px, at most `region`; or `FullImage`, for whole pictures.
-        views: what `test_dataloader` gives: `views, labels, rows` with views (B, V, 3, h, w).
+        views: what `test_dataloader` gives: `views, labels, rows` with views (B, V, 3, h, w); where views are pooled
+            from the maps of these, `views, labels, rows, windows` with windows (N, 5) in px.
         batch_size: images of one optimizer step, over all devices and accumulated micro-batches.
         region: side in px of the region that is read from each training picture.
         resize: shorter side in px that a picture is resized to before the region is cut.
@@ -55,6 +58,8 @@ class MultiSizeDataModule(LightningDataModule):
         flip: share of mirrored training pictures.
         colour: σ of the PCA colour shift of training pictures, 0.1 as in Krizhevsky et al. 2012; 0 for none.
         mean, std: what pixels are normalised by, in grey levels (0–255).
+        mean_image: instead of `mean`, an image of it, warped to the size that comes: a .npy or .png file, or `train`
+            for the mean of the training regions, computed once.
         val_sizes: test sizes in px, by centre crop, of the validation after each epoch; the first decides.
         num_workers: processes that read; None for one a core, at most 8, shared among the devices of this machine;
             "thread" for a thread of this process, which is what a raw cache is read by where None is given.
@@ -81,6 +86,7 @@ class MultiSizeDataModule(LightningDataModule):
         colour: float = 0.1,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        mean_image: str | None = None,
         val_sizes: Sequence[int] | None = None,
         num_workers: int | str | None = None,
         seed: int = 0,
@@ -118,7 +124,8 @@ class MultiSizeDataModule(LightningDataModule):
             raise ValueError(f"data.cache={cache!r}: use {', '.join(KINDS)}, auto, or null")
         self.root, self.layout, self.sizes = Path(root), layout, sizes
         self.batch_size, self.region, self.resize, self.place = batch_size, region, resize, place
-        self.flip, self.colour, self.mean, self.std = flip, colour, tuple(mean), tuple(std)
+        self.flip, self.colour, self.std, self.mean_image = flip, colour, tuple(std), mean_image
+        self.mean: Mean = tuple(mean)
         self.views = self.sized(views or Views("center_crop"))
         self.test_split = "test"
         self.val_sizes = tuple(val_sizes or (region,))
@@ -133,10 +140,12 @@ class MultiSizeDataModule(LightningDataModule):
         self._restored = False  # the next pass over the training loader goes on at the position
 
     def setup(self, stage: str | None = None) -> None:
-        """Make the index, once."""
+        """Make the index, and the mean image if one is wanted, once."""
         if self.index is None:
             self.index = usable_index(self.root, self.layout, self.on_bad, self.max_bad)
             self._refuse_huge(self.index)
+            if self.mean_image is not None:
+                self.mean = find_mean_image(self.mean_image, self.index, self.resize, self.region)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -248,14 +257,19 @@ class MultiSizeDataModule(LightningDataModule):
     def test_dataloader(self) -> Loader[ViewsBatch]:
         return self.views_loader(self.views, self.test_split)
 
-    def views_loader(self, views: Views, split: str) -> Loader[ViewsBatch]:
-        """Every image of `split` once, over all ranks together, as batches of `views`."""
+    def views_loader(self, views: Views, split: str, shuffled: bool = False) -> Loader[ViewsBatch]:
+        """Every image of `split` once in each pass of `views`, over all ranks together.
+
+        With `shuffled` the batches come in an order of chance, so that some of them tell what all of them cost.
+        """
         if split not in SPLITS:
             raise ValueError(f"split={split!r}: use one of {', '.join(SPLITS)}")
         source = ViewsSource(self._index, self.sized(views), self.resize, self.region)
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         # Images are dealt out, not batches: a rank without any would end the run, and ranks would wait for each other.
         batches = source.batches(self._index.rows(split)[rank::ranks], max(1, self.batch_size // ranks))
+        if shuffled:
+            random.Random(self.seed).shuffle(batches)
         return Loader(source, lambda: iter(batches), len(batches), self._workers(), lambda batch, _: batch)
 
     def sized(self, views: Views) -> Views:
@@ -263,7 +277,7 @@ class MultiSizeDataModule(LightningDataModule):
         return Views(views.crops, views.size or self.region)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """The device step: `images, labels` for training and validation, `views, labels, rows` for testing."""
+        """The device step: `images, labels` to train and validate, `views, labels, rows[, windows]` to test."""
         if isinstance(batch, TrainBatch):
             began = time.perf_counter()
             images = device_step(
@@ -282,7 +296,8 @@ class MultiSizeDataModule(LightningDataModule):
             views = normalise(batch.views, self.mean, self.std)  # (B, V, 3, h, w)
             if self.trainer is not None and (self.trainer.validating or self.trainer.sanity_checking):
                 return views[:, 0].contiguous(memory_format=torch.channels_last), batch.labels
-            return views, batch.labels, batch.rows
+            rest = () if batch.windows is None else (batch.windows,)
+            return views, batch.labels, batch.rows, *rest
         return batch
 
     # Position: restored before any loader exists, so that no order of Lightning's calls can lose it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -16,12 +17,15 @@ EIGENVALUES = (0.2175, 0.0188, 0.0045)
 EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 
 
+Mean = Sequence[float] | Tensor  # grey levels (0–255) of R, G, B; or an image of them, (3, H, W) in float32
+
+
 def device_step(
     images: Tensor,
     uniforms: Tensor,
     shape: Shape,
     *,
-    mean: Sequence[float],
+    mean: Mean,
     std: Sequence[float],
     flip: float = 0.5,
     colour: float = 0.1,
@@ -29,32 +33,46 @@ def device_step(
     """Pictures (B, 3, H, W) in uint8 and uniforms (B, 8) → (B, 3, *shape) in float32, channels_last.
 
     `flip` is the share of mirrored pictures, `colour` the σ of the PCA shift; `mean` and `std` are in grey levels
-    (0–255). He et al. 2014, §2.3: a smaller training size is the same region, resized, not a smaller crop.
+    (0–255). He et al. 2014, §2.3: a smaller training size is the same region, resized, not a smaller crop; §3.1: a mean
+    image is warped to that size.
     """
-    scale, offset = _scale_and_offset(mean, std, images.device)
-    offset = offset + colour_shift(uniforms, colour) * scale  # (B, 3)
+    scale, offset = _scale_and_offset(mean, std, images.device, shape)
+    base = offset if offset.ndim == 3 else None  # (h, w, 3)
+    shift = colour_shift(uniforms, colour) * scale
+    offset = shift if base is not None else offset + shift  # (B, 3)
     mirrored = uniforms[:, FLIP] < flip
     route = _image_by_image if images.device.type == "cpu" else _at_once
-    return route(images, shape, mirrored, scale, offset)
+    return route(images, shape, mirrored, scale, offset, base)
 
 
-def _image_by_image(images: Tensor, shape: Shape, mirrored: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+# Paper: a mean image is subtracted; of mirrored pictures it says nothing. Here: the picture is mirrored, the mean image
+# is not, because cuda-convnet, in which the paper's nets were trained, does so; Caffe mirrors both.
+
+
+def _image_by_image(
+    images: Tensor, shape: Shape, mirrored: Tensor, scale: Tensor, offset: Tensor, base: Tensor | None = None
+) -> Tensor:
     """On a CPU, and in uint8 as long as it goes: the whole batch in float would be bound by memory."""
     height, width = shape
     out = torch.empty(len(images), height, 3 * width)
+    base = None if base is None else base.reshape(height, 3 * width)
     # What is broadcast has the length of a row, so that the innermost loop is a long one.
     scales, offsets = scale.repeat(width), offset.repeat(1, width)
     for image, mirror, row, place in zip(images, mirrored.tolist(), offsets, out, strict=True):
         resized = resize(image[None], shape)[0].permute(1, 2, 0)  # (h, w, 3)
         pixels = (resized.flip(1) if mirror else resized).reshape(height, 3 * width)
-        torch.addcmul(row, pixels.float(), scales, out=place)
+        torch.addcmul(row if base is None else base + row, pixels.float(), scales, out=place)
     return out.view(len(images), height, width, 3).permute(0, 3, 1, 2)
 
 
-def _at_once(images: Tensor, shape: Shape, mirrored: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+def _at_once(
+    images: Tensor, shape: Shape, mirrored: Tensor, scale: Tensor, offset: Tensor, base: Tensor | None = None
+) -> Tensor:
     resized = resize(images.float(), shape)
     resized = torch.where(mirrored[:, None, None, None], resized.flip(3), resized)
     out = resized * scale[:, None, None] + offset[:, :, None, None]
+    if base is not None:
+        out += base.permute(2, 0, 1)
     return out.contiguous(memory_format=torch.channels_last)
 
 
@@ -67,9 +85,12 @@ def resize(images: Tensor, shape: Shape) -> Tensor:
     return F.interpolate(images, shape, mode="bilinear", antialias=True)
 
 
-def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(…, 3, H, W) of grey levels → float32, (x − mean) / std, with colours last in memory."""
-    scale, offset = _scale_and_offset(mean, std, images.device)
+def normalise(images: Tensor, mean: Mean, std: Sequence[float]) -> Tensor:
+    """(…, 3, H, W) of grey levels → float32, (x − mean) / std, with colours last in memory.
+
+    A mean image is warped to H × W, whatever part of a picture that is: a region, a crop, or all of it.
+    """
+    scale, offset = _scale_and_offset(mean, std, images.device, (images.shape[-2], images.shape[-1]))
     return torch.addcmul(offset, images.movedim(-3, -1).float(), scale).movedim(-1, -3)
 
 
@@ -84,6 +105,16 @@ def colour_shift(uniforms: Tensor, sigma: float) -> Tensor:
     return shift
 
 
-def _scale_and_offset(mean: Sequence[float], std: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor]:
+def _scale_and_offset(mean: Mean, std: Sequence[float], device: torch.device, shape: Shape) -> tuple[Tensor, Tensor]:
+    """1 / std (3,), and −mean / std: (3,), or of a mean image (h, w, 3)."""
     scale = 1 / torch.tensor(tuple(std), dtype=torch.float32, device=device)
+    if isinstance(mean, Tensor):
+        return scale, -_warped(mean, shape, device) * scale
     return scale, -torch.tensor(tuple(mean), dtype=torch.float32, device=device) * scale
+
+
+@functools.lru_cache(maxsize=64)  # by which image it is, not by its pixels: a tensor is hashed so
+def _warped(mean: Tensor, shape: Shape, device: torch.device) -> Tensor:
+    """The mean image (3, H, W) at `shape`, as (h, w, 3): on the CPU, so that all devices have the same."""
+    with torch.inference_mode(False), torch.no_grad():
+        return resize(mean[None].cpu().float(), shape)[0].permute(1, 2, 0).contiguous().to(device)

@@ -166,27 +166,31 @@ def imagenet(root: Path | str, *, val_per_class: int = 10, split_seed: int = 0) 
     """Lists ImageNet 2012: `root/train/<wnid>/…` and `root/val/<wnid>/…`, which is the test split.
 
     The val split is `val_per_class` pictures a class, drawn from train by seed. If `root/val` is flat, the
-    classes are read from `root/LOC_val_solution.csv` (Kaggle's; columns ImageId, PredictionString).
+    classes are read from `root/LOC_val_solution.csv` (Kaggle's; columns ImageId, PredictionString). Where
+    `root/LOC_synset_mapping.txt` is (Kaggle's, or `scripts/prepare_imagenet.py`'s), the class n01440764 is
+    called "n01440764 tench"; without it, n01440764. The labels are the same.
     """
     root = Path(root)
     _check_positive({"val_per_class": val_per_class})
     train, test = _scan(root / "train"), _scan(root / "val")
     _check_classes(root / "train", train)
+    mapping = root / "LOC_synset_mapping.txt"
+    names = _read_mapping(mapping)
     rows: list[Row] = []
-    for name, paths in _by_class(train.pictures).items():
-        _check_enough(root / "train" / name, len(paths), "val_per_class", val_per_class)
-        ordered = _by_seed(paths, split_seed)
+    for wnid, paths in _by_class(train.pictures).items():
+        _check_enough(root / "train" / wnid, len(paths), "val_per_class", val_per_class)
+        ordered, name = _by_seed(paths, split_seed), names.get(wnid, wnid)
         rows += [(f"train/{path}", name, "val") for path in ordered[:val_per_class]]
         rows += [(f"train/{path}", name, "train") for path in ordered[val_per_class:]]
     solution = root / "LOC_val_solution.csv"
     wnids = _read_solution(solution) if any("/" not in path for path in test.pictures) else {}
     for path in test.pictures:
-        wnid = path.split("/")[0] if "/" in path else wnids.get(posixpath.splitext(path)[0])
-        if wnid is None:
+        of = path.split("/")[0] if "/" in path else wnids.get(posixpath.splitext(path)[0])
+        if of is None:
             raise ValueError(f"{root / 'val' / path}: {solution} does not name this picture")
-        rows.append((f"val/{path}", wnid, "test"))
+        rows.append((f"val/{path}", names.get(of, of), "test"))
     passed_over = [f"train/{path}" for path in train.passed_over] + [f"val/{path}" for path in test.passed_over]
-    sources = [*train.sources, *test.sources, *([os.path.abspath(solution)] if wnids else [])]
+    sources = [*train.sources, *test.sources, *([os.path.abspath(solution)] if wnids else []), os.path.abspath(mapping)]
     notes = ["ImageNet's val is the test split; val is drawn from train by seed"]
     return _listing(root, rows, passed_over, notes, sources)
 
@@ -379,6 +383,25 @@ def _read_solution(solution: Path) -> dict[str, str]:
             raise ValueError(f"{solution}, line {line}: the PredictionString is empty; it begins with the wnid")
         wnids[row["ImageId"]] = row["PredictionString"].split()[0]
     return wnids
+
+
+def _read_mapping(mapping: Path) -> dict[str, str]:
+    """wnid → wnid and first name, of lines like `n01440764 tench, Tinca tinca`; empty where there is no such file."""
+    names: dict[str, str] = {}
+    try:
+        lines = mapping.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        return names
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{mapping}: is not UTF-8: {error.reason}") from error
+    for number, line in enumerate(lines, start=1):
+        wnid, _, words = line.strip().partition(" ")
+        name = words.split(",")[0].strip()
+        if wnid and not name:
+            raise ValueError(f"{mapping}, line {number}: {line.strip()!r}; wanted is a wnid and its names")
+        if wnid:
+            names[wnid] = f"{wnid} {name}"  # two classes of ImageNet are called crane
+    return names
 
 
 def _csv(path: Path, columns: Sequence[str]) -> Iterable[tuple[int, dict[str, str]]]:

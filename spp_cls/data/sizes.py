@@ -6,11 +6,15 @@ A schedule of one's own is any function `(seed, epoch, batch, **options) -> int`
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 Sizes = Callable[[int, int, int], int]
+
+_AT_ONCE = 1024  # batches whose numbers are drawn together: a plan of all epochs asks for millions
 
 
 def single(seed: int, epoch: int, batch: int, *, size: int) -> int:
@@ -33,6 +37,33 @@ def uniform(seed: int, epoch: int, batch: int, *, low: int, high: int) -> int:
     """One size an epoch, drawn from low … high, both included: the paper's random-size training, §3.1.3."""
     chance = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, 1]))  # beside the plan's
     return int(chance.integers(low, high, endpoint=True))
+
+
+def per_batch(seed: int, epoch: int, batch: int, *, sizes: Sequence[int]) -> int:
+    """A size for each global batch, drawn from `sizes`, each as likely; not in the paper."""
+    if not sizes:
+        raise ValueError("sizes.sizes=[]: give at least one size in px, like [128, 160, 192, 224]")
+    block, place = divmod(batch, _AT_ONCE)
+    return sizes[int(_chances(seed, epoch, block)[place] * len(sizes))]
+
+
+@functools.lru_cache(maxsize=4)
+def _chances(seed: int, epoch: int, block: int) -> npt.NDArray[np.float64]:
+    chance = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, block, 3]))  # beside the others'
+    return chance.random(_AT_ONCE)
+
+
+def growing(seed: int, epoch: int, batch: int, *, low: int, high: int, epochs: int, steps: int = 4) -> int:
+    """From `low` to `high` px in `steps` stretches of about `epochs` / `steps` epochs each, the last at `high`.
+
+    Where there are fewer epochs than steps, each epoch is a step of its own. Not in the paper.
+    """
+    for name, value in (("epochs", epochs), ("steps", steps)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"sizes.{name}={value!r}: use a whole number of at least 1")
+    steps = min(steps, epochs)
+    step = min(epoch, epochs - 1) * steps // epochs  # 0 … steps - 1
+    return high if step == steps - 1 else round(low + (high - low) * step / (steps - 1))
 
 
 def planned(sizes: Sizes, seed: int, epoch: int, batch: int, region: int) -> int:

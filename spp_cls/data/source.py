@@ -15,7 +15,7 @@ from .device import resize
 from .index import Index
 from .plan import CROP_X, CROP_Y, MicroBatch, Shape
 from .reader import Known, read_rgb
-from .views import Views
+from .views import Pass, Views
 
 PLACES = ("anywhere", "five")
 # Paper: "from the center or the four corners of the entire image". Here: anywhere by default, because what the paper
@@ -37,11 +37,15 @@ class TrainBatch(NamedTuple):
 
 
 class ViewsBatch(NamedTuple):
-    """Views (B, V, 3, h, w) uint8, labels (B,), and the images' rows in the index (B,)."""
+    """Views (B, V, 3, h, w) uint8, labels (B,), and the images' rows in the index (B,).
+
+    With windows (N, 5) in px (which of the V, top, left, bottom, right), these are the views, of each image alike.
+    """
 
     views: Tensor
     labels: Tensor
     rows: Tensor
+    windows: Tensor | None = None
 
 
 class Pictures(Protocol):
@@ -95,11 +99,19 @@ def corners(
     return np.asarray(places, np.int64)
 
 
-def read_views(path: Path, views: Views, resize: int, region: int, known: Known | None = None) -> Tensor:
-    """The views (V, 3, h, w) uint8 of the picture at `path`."""
+def take_views(image: Tensor, one: Pass, size: int, resize: int, region: int) -> tuple[Tensor, Tensor | None]:
+    """Of a picture (3, H, W) what a net is given in a pass: images (V, 3, h, w) uint8, and windows on them or None."""
+    height, width = resized_shape(image.shape[2], image.shape[1], one.shorter_side(size, resize, region))
+    return one.images(resized(image, (height, width)), size), one.windows(height, width, size)
+
+
+def read_views(
+    path: Path, views: Views, resize: int, region: int, known: Known | None = None
+) -> list[tuple[Tensor, Tensor | None]]:
+    """`take_views` of the picture at `path`, for each pass."""
+    assert views.size is not None
     image = read_rgb(path, known=known)
-    shape = resized_shape(image.shape[2], image.shape[1], views.shorter_side(resize, region))
-    return views(resized(image, shape))
+    return [take_views(image, one, views.size, resize, region) for one in views.passes]
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,37 +164,57 @@ class TrainSource:
 
 @dataclass(frozen=True)
 class ViewsSource:
-    """Rows of the index → `ViewsBatch`; the rows of one batch must give views of one shape."""
+    """A pass by its number, and rows of the index → `ViewsBatch`; one batch must give views of one shape."""
 
     index: Index
     views: Views
     resize: int
     region: int
 
-    def __getitem__(self, rows: npt.NDArray[np.int64]) -> ViewsBatch | ValueError:
+    def __getitem__(self, asked: tuple[int, npt.NDArray[np.int64]]) -> ViewsBatch | ValueError:
+        number, rows = asked
+        one, size = self.views.passes[number], self._size
         try:
-            views = [
-                read_views(self.index.path(row), self.views, self.resize, self.region, self.index.known(row))
+            taken = [
+                take_views(
+                    read_rgb(self.index.path(row), known=self.index.known(row)), one, size, self.resize, self.region
+                )
                 for row in rows
             ]
         except ValueError as error:
             return error
         labels = torch.from_numpy(self.index.labels[rows])
-        stack = torch.stack([each.permute(0, 2, 3, 1) for each in views])  # (B, V, h, w, 3): as they lie in memory
-        return ViewsBatch(stack.movedim(-1, -3), labels, torch.from_numpy(rows))
+        stack = torch.stack([views.permute(0, 2, 3, 1) for views, _ in taken])  # (B, V, h, w, 3): as they lie in memory
+        return ViewsBatch(stack.movedim(-1, -3), labels, torch.from_numpy(rows), taken[0][1])
 
-    def batches(self, rows: npt.NDArray[np.int64], batch_size: int) -> list[npt.NDArray[np.int64]]:
-        """`rows` in batches of at most `batch_size` views, each of one shape, each row once."""
-        images = max(1, batch_size // self.views.num_views)
-        if self.views.crops != "full_image":
-            return [rows[i : i + images] for i in range(0, len(rows), images)]
-        shorter = self.views.shorter_side(self.resize, self.region)
-        by_shape: dict[tuple[int, int], list[int]] = {}
-        for row in rows:
-            shape = resized_shape(int(self.index.widths[row]), int(self.index.heights[row]), shorter)
-            by_shape.setdefault(shape, []).append(int(row))
-        return [
-            np.array(same[i : i + images], np.int64)
-            for _, same in sorted(by_shape.items())
-            for i in range(0, len(same), images)
-        ]
+    def batches(self, rows: npt.NDArray[np.int64], batch_size: int) -> list[tuple[int, npt.NDArray[np.int64]]]:
+        """In each pass each row once, in batches that give views of one shape.
+
+        They are of at most `batch_size` views; or, where windows are pooled from maps, of about as many px as
+        `batch_size` regions have, so that large scales need no more memory than small ones.
+        """
+        found: list[tuple[int, npt.NDArray[np.int64]]] = []
+        for number, one in enumerate(self.views.passes):
+            for (height, width), views, same in self._alike(one, rows):
+                if one.on_maps:
+                    images = batch_size * self.region**2 // (height * width * (1 + one.mirrored))
+                else:
+                    images = batch_size // views
+                images = max(1, images)
+                found += [(number, same[i : i + images]) for i in range(0, len(same), images)]
+        return found
+
+    def _alike(self, one: Pass, rows: npt.NDArray[np.int64]) -> list[tuple[Shape, int, npt.NDArray[np.int64]]]:
+        """`rows` by what the net is given of them: shape of the pictures in px where that counts, views, the rows."""
+        shorter = one.shorter_side(self._size, self.resize, self.region)
+        groups: dict[tuple[Shape, int], list[int]] = {}
+        shapes = resized_shapes(self.index.widths[rows], self.index.heights[rows], shorter)
+        for row, (height, width) in zip(rows.tolist(), shapes.tolist(), strict=True):
+            key = ((height, width) if one.whole else (0, 0), one.num_views(height, width, self._size))
+            groups.setdefault(key, []).append(row)
+        return [(shape, views, np.array(same, np.int64)) for (shape, views), same in sorted(groups.items())]
+
+    @property
+    def _size(self) -> int:
+        assert self.views.size is not None
+        return self.views.size

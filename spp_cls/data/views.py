@@ -1,71 +1,146 @@
 """Views of a test image: what `sizes` are for training, these are for testing.
 
+A way to test is a tuple of passes. In each the picture is resized, aspect ratio kept, and views are taken from it:
+cut from its pixels, pooled from its map as windows, or the whole of it. Scores are averaged over all views of an image.
+
 A test size s resizes the original picture so that its shorter side is round(s · resize / region) px, which is
-round(s · 256 / 224) in the paper's setting, aspect ratio kept; a view is then cut from it. Scores are averaged over
-the views of an image.
+round(s · 256 / 224) in the paper's setting. The paper's six scales are for views of 224 px, and go along with s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Crops = Callable[[Tensor, int], Tensor]
+VIEW = 224  # px of the view that the scales are given for
+SCALES = (224, 256, 300, 360, 448, 560)  # px of the shorter side (He et al. 2014, §3.1.5)
+
+Places = Callable[[int, int, int], list[tuple[int, int]]]  # height, width and a view's size → top and left of each view
 
 
-def center_crop(image: Tensor, size: int) -> Tensor:
-    """(3, h, w) → the centre (1, 3, size, size)."""
-    top, left = _middle(image, size)
-    return image[None, :, top : top + size, left : left + size]
+def centre(height: int, width: int, size: int) -> list[tuple[int, int]]:
+    """The middle of the picture."""
+    return [(round((height - size) / 2), round((width - size) / 2))]
 
 
-def ten_crop(image: Tensor, size: int) -> Tensor:
-    """(3, h, w) → (10, 3, size, size): centre and corners of the whole image, then their mirror images (§3.1.1)."""
-    bottom, right = image.shape[1] - size, image.shape[2] - size
-    places = [_middle(image, size), (0, 0), (0, right), (bottom, 0), (bottom, right)]
-    crops = torch.stack([image[:, y : y + size, x : x + size] for y, x in places])
-    return torch.cat([crops, crops.flip(3)])
+def five(height: int, width: int, size: int) -> list[tuple[int, int]]:
+    """Centre and corners of the whole picture, though they may be the same (He et al. 2014, §3.1.1)."""
+    bottom, right = height - size, width - size
+    return [*centre(height, width, size), (0, 0), (0, right), (bottom, 0), (bottom, right)]
 
 
-def full_image(image: Tensor, size: int) -> Tensor:
-    """(3, h, w) → the whole image (1, 3, h, w) at its own aspect ratio (Table 3)."""
-    return image[None]
+def nine(height: int, width: int, size: int) -> list[tuple[int, int]]:
+    """Centre, corners, middles of the sides, each place once: 3 where a side is a view's (He et al. 2014, §3.1.5)."""
+    ((middle, across),) = centre(height, width, size)
+    bottom, right = height - size, width - size
+    sides = [(0, across), (middle, 0), (middle, right), (bottom, across)]
+    return list(dict.fromkeys([*five(height, width, size), *sides]))
 
 
-CROPS: dict[str, Crops] = {"center_crop": center_crop, "ten_crop": ten_crop, "full_image": full_image}
+@dataclass(frozen=True)
+class Pass:
+    """Views of a picture at one size of it.
+
+    places: where they are; None is one view, the whole picture.
+    mirrored: the mirror image of each, too.
+    on_maps: the picture goes through the convolutions once, its mirror image once, and views are windows on their maps.
+    scale: shorter side of the picture in px where a view has 224; None is that of training, `resize` for a `region`.
+    """
+
+    places: Places | None
+    mirrored: bool = False
+    on_maps: bool = False
+    scale: int | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the net is given whole pictures, so that those of one batch must have one shape."""
+        return self.places is None or self.on_maps
+
+    def shorter_side(self, size: int, resize: int, region: int) -> int:
+        """What the shorter side of the picture is resized to, in px, for views of `size` px."""
+        return round(size * resize / region) if self.scale is None else round(self.scale * size / VIEW)
+
+    def num_views(self, height: int, width: int, size: int) -> int:
+        """Views of a picture that was resized to `height` × `width` px."""
+        return len(self.places(height, width, size) if self.places else [()]) * (1 + self.mirrored)
+
+    def images(self, image: Tensor, size: int) -> Tensor:
+        """What the net is given of the resized picture (3, h, w): (V, 3, h', w'), mirror images last."""
+        if self.places is None or self.on_maps:
+            images = image[None]
+        else:
+            places = self.places(image.shape[1], image.shape[2], size)
+            images = torch.stack([image[:, y : y + size, x : x + size] for y, x in places])
+        return torch.cat([images, images.flip(3)]) if self.mirrored else images
+
+    def windows(self, height: int, width: int, size: int) -> Tensor | None:
+        """Windows (N, 5) in px on `images`: which of them, top, left, bottom, right; None where these are the views."""
+        if self.places is None or not self.on_maps:
+            return None
+        places = self.places(height, width, size)
+        windows = [(0, y, x, y + size, x + size) for y, x in places]
+        if self.mirrored:  # where the mirror image has the same pixels
+            windows += [(1, y, width - size - x, y + size, width - x) for y, x in places]
+        return torch.tensor(windows)
+
+
+SIX_SCALES = tuple(Pass(nine, mirrored=True, on_maps=True, scale=scale) for scale in SCALES)
+# Paper: at which scale the two full views of its 98 are, is not said. Here: as `full_image` (256 px for views of 224),
+# because the full views of Table 3 are so.
+FULL_VIEWS = Pass(None, mirrored=True)
+
+PROTOCOLS: dict[str, tuple[Pass, ...]] = {
+    "center_crop": (Pass(centre),),
+    "ten_crop": (Pass(five, mirrored=True),),
+    "full_image": (Pass(None),),
+    "ten_crop_maps": (Pass(five, mirrored=True, on_maps=True),),
+    "multi_scale": SIX_SCALES,
+    "multi_scale_full": (*SIX_SCALES, FULL_VIEWS),
+    "multi_scale_pixels": tuple(Pass(nine, mirrored=True, scale=scale) for scale in SCALES),
+}
 
 
 @dataclass(frozen=True)
 class Views:
-    """A way to test: which views are cut, and at which test size in px; None is the training region's."""
+    """A way to test: which views are taken, and at which test size in px; None is the training region's."""
 
     crops: str
     size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.crops not in CROPS:
-            raise ValueError(f"views.crops={self.crops!r}: use one of {', '.join(CROPS)}")
+        if self.crops not in PROTOCOLS:
+            raise ValueError(f"views.crops={self.crops!r}: use one of {', '.join(PROTOCOLS)}")
         if self.size is not None and (not isinstance(self.size, int) or self.size < 1):
             raise ValueError(f"views.size={self.size}: use a number of px, like 224")
 
-    def __call__(self, image: Tensor) -> Tensor:
-        """(3, h, w), resized already → (V, 3, h', w')."""
-        assert self.size is not None
-        return CROPS[self.crops](image, self.size)
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """What is taken of each picture, one after the other."""
+        return PROTOCOLS[self.crops]
 
     @property
     def num_views(self) -> int:
-        """Views of one image."""
-        return len(CROPS[self.crops](torch.empty(3, 1, 1, dtype=torch.uint8), 1))
+        """Views of one image; of a square one fewer at the scale where its sides are a view's."""
+        sides = [each.shorter_side(VIEW, 256, VIEW) for each in self.passes]
+        return sum(each.num_views(side, 2 * side, VIEW) for each, side in zip(self.passes, sides, strict=True))
 
     def shorter_side(self, resize: int, region: int) -> int:
-        """What the shorter side of the picture is resized to, in px."""
+        """What the shorter side of the picture is resized to, in px, in passes that have no scale of their own."""
         assert self.size is not None
         return round(self.size * resize / region)
 
-
-def _middle(image: Tensor, size: int) -> tuple[int, int]:
-    return round((image.shape[1] - size) / 2), round((image.shape[2] - size) / 2)
+    def check(self, net: Any) -> None:
+        """Raise ValueError where views are windows on maps and `net` has no such windows."""
+        if not any(each.on_maps for each in self.passes):
+            return
+        try:
+            if not hasattr(net, "forward_windows"):
+                raise ValueError(f"{type(net).__name__}: has no forward_windows")
+            net.geometry()
+        except ValueError as error:
+            raise ValueError(f"views.crops={self.crops} pools windows of maps: {error}; use views=ten_crop") from error

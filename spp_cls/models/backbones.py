@@ -1,4 +1,4 @@
-"""The convolutional parts: the four columns of Table 1, a tutorial's net, one for pictures of 32 px, and a tiny one; each is a tuple of layers.
+"""The convolutional parts: the four columns of Table 1, and three nets for small pictures; each is a tuple of layers.
 
 A convolution is always followed by a ReLU; the last pool of each net is left out, since the pyramid replaces it.
 Map sizes stand behind the layers, at 224 and at 180 px.
@@ -7,11 +7,12 @@ Map sizes stand behind the layers, at 224 and at 180 px.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .norm import NORMS
+from .norm import make_norm
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,15 @@ class Backbone(nn.Sequential):
 
     out_channels: int
 
-    def __init__(self, layers: tuple[Layer, ...], norm: str = "none", width: float = 1.0, in_channels: int = 3) -> None:
-        if norm not in NORMS:
-            raise ValueError(f"norm={norm!r}: use one of {', '.join(NORMS)}")
+    def __init__(
+        self,
+        layers: tuple[Layer, ...],
+        norm: str = "none",
+        width: float = 1.0,
+        in_channels: int = 3,
+        norm_constants: Mapping[str, float] | None = None,
+    ) -> None:
+        make_norm(norm, norm_constants)  # refused even where no layer would be one
         if width <= 0:
             raise ValueError(f"width={width}: use a factor above 0, like 0.25")
         modules: OrderedDict[str, nn.Module] = OrderedDict()
@@ -134,7 +141,7 @@ class Backbone(nn.Sequential):
             elif isinstance(layer, Pool):
                 modules[f"pool{number}"] = nn.MaxPool2d(layer.kernel_size, layer.stride, layer.padding)
             else:
-                modules[f"norm{number}"] = NORMS[norm]()
+                modules[f"norm{number}"] = make_norm(norm, norm_constants)
         super().__init__(modules)
         self.out_channels = channels
 

@@ -7,7 +7,7 @@ one closed-form backward serves: dx = g·d^−β − 2αβ · x · S(g·x·d^(�
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import reduce
 from typing import Any
 
@@ -135,23 +135,46 @@ class LocalResponseNorm(nn.Module):
         return f"{self.neighbours.__name__}, size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}"
 
 
-def within_channel() -> LocalResponseNorm:
-    """The released ZF-5's norm: 3 × 3 cells of one channel, α = 5e-5, β = 0.75 (cuda-convnet's `rnorm`)."""
-    return LocalResponseNorm(mean_in_window, size=3, alpha=5e-5, beta=0.75, k=1.0, halo=1)
+def within_channel(size: int = 3, alpha: float = 5e-5, beta: float = 0.75, k: float = 1.0) -> LocalResponseNorm:
+    """The released ZF-5's norm: 3 × 3 cells of one channel, α = 5e-5 on their mean (cuda-convnet's `rnorm`)."""
+    return LocalResponseNorm(mean_in_window, size, alpha, beta, k, halo=size // 2)
 
 
-def across_channels() -> LocalResponseNorm:
+def across_channels(size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0) -> LocalResponseNorm:
     """Krizhevsky's norm: 5 channels, α = 1e-4 on the plain sum, β = 0.75, k = 2.
 
-    `nn.LocalResponseNorm` divides alpha by size; the same norm there is (5, alpha=5e-4, beta=0.75, k=2).
+    `nn.LocalResponseNorm` and Caffe divide alpha by size; the same norm there is (5, alpha=5e-4, beta=0.75, k=2), and
+    theirs of alpha=1e-4 and k=1 is (5, alpha=2e-5, beta=0.75, k=1) here.
     """
-    return LocalResponseNorm(sum_over_channels, size=5, alpha=1e-4, beta=0.75, k=2.0, halo=0)
+    return LocalResponseNorm(sum_over_channels, size, alpha, beta, k, halo=0)
 
 
 # Paper: "LRN", no numbers. Here: the released ZF-5's within-channel norm for the ZF net, Krizhevsky's for the others,
-# because no source gives theirs; either can be chosen for any net.
-NORMS: dict[str, Callable[[], nn.Module]] = {
+# because no source gives theirs; either can be chosen for any net, with other constants by `norm_constants`.
+NORMS: dict[str, Callable[..., nn.Module]] = {
     "within_channel": within_channel,
     "across_channels": across_channels,
     "none": nn.Identity,
 }
+CONSTANTS = ("size", "alpha", "beta", "k")
+
+
+def make_norm(kind: str, constants: Mapping[str, float] | None = None) -> nn.Module:
+    """A norm of `NORMS`, with `constants` (size, alpha, beta, k) where they shall be others than the kind's own.
+
+    Raises ValueError where the kind or a constant is not known, or has a value that no norm can have.
+    """
+    if kind not in NORMS:
+        raise ValueError(f"norm={kind!r}: use one of {', '.join(NORMS)}")
+    constants = dict(constants or {})
+    if kind == "none" and constants:
+        raise ValueError(f"norm_constants={constants}: norm=none has none; choose a norm, or use null")
+    least = {"size": 1, "alpha": 0, "beta": 0, "k": 1e-3}  # a k of 0 would divide by the squares of dark places
+    for name, value in constants.items():
+        if name not in CONSTANTS:
+            raise ValueError(f"norm_constants has {name!r}: use {', '.join(CONSTANTS)}")
+        right = not isinstance(value, bool) and isinstance(value, int | float) and value >= least[name]
+        if not right or (name == "size" and value not in range(1, 1000, 2)):
+            what = "an odd whole number" if name == "size" else "a number"
+            raise ValueError(f"norm_constants.{name}={value!r}: use {what} of at least {least[name]}")
+    return NORMS[kind](**constants)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from .backbones import BACKBONES, Backbone, scaled
 from .bins import RULES, Edges
 from .initialise import initialise, load_weights
 from .pyramid import SpatialPyramidPool2d
-from .windows import geometry, pool_windows
+from .windows import Geometry, geometry, pool_windows
 
 
 class SPPNet(nn.Module):
@@ -80,13 +80,17 @@ class SPPNet(nn.Module):
         ValueError for nets whose cells have no one place, and for pyramids of means or of other bins. He et al. 2014,
         §3.1.5.
         """
-        if self.pyramid.pool != "max" or self.pyramid.bins is not None:
-            raise ValueError(f"{self.pyramid}: windows on a shared map are pooled by the maxima of Appendix A's bins")
-        look = geometry(self.backbone)
+        look = self.geometry()
         maps = self.backbone(images)
         cells = look.windows(windows, maps.shape[-2], maps.shape[-1])
         logits: Tensor = self.head(pool_windows(maps, cells, self.pyramid.levels))
         return logits
+
+    def geometry(self) -> Geometry:
+        """Where the cells of its maps look; raises ValueError where `forward_windows` cannot be."""
+        if self.pyramid.pool != "max" or self.pyramid.bins is not None:
+            raise ValueError(f"{self.pyramid}: windows on a shared map are pooled by the maxima of Appendix A's bins")
+        return geometry(self.backbone)
 
     def smallest_size(self, largest: int = 1024) -> int:
         """The smallest square, in px, that the backbone turns into a map of at least one cell."""
@@ -117,6 +121,7 @@ def sppnet(
     pool: str = "max",
     bins: str = "appendix_a",
     norm: str = "none",
+    norm_constants: Mapping[str, float] | None = None,
     fc: Sequence[int] = (4096, 4096),
     dropout: float = 0.5,
     width: float = 1.0,
@@ -124,10 +129,13 @@ def sppnet(
     init_from: str | None = None,
     seed: int = 0,
 ) -> SPPNet:
-    """An `SPPNet` on the backbone `name` of this package; `width` scales filters and hidden layers alike."""
+    """An `SPPNet` on the backbone `name` of this package; `width` scales filters and hidden layers alike.
+
+    `norm_constants` are those of `norm` (size, alpha, beta, k) that shall be others than the kind's own.
+    """
     if name not in BACKBONES:
         raise ValueError(f"name={name!r}: use one of {', '.join(BACKBONES)}")
-    backbone = Backbone(BACKBONES[name], norm, width)
+    backbone = Backbone(BACKBONES[name], norm, width, norm_constants=norm_constants)
     hidden = [scaled(features, width) for features in fc]
     net = SPPNet(backbone, num_classes, levels, pool, bins_rule(bins), hidden, dropout)
     initialise(net, init, seed)

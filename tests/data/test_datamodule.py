@@ -26,12 +26,15 @@ from torch import Tensor, nn
 
 from spp_cls.classifier import Classifier
 from spp_cls.data import MultiSizeDataModule, Views
-from spp_cls.data.datamodule import read_ahead
+from spp_cls.data.datamodule import IMAGENET_MEAN, IMAGENET_STD, read_ahead
 from spp_cls.data.device import device_step
 from spp_cls.data.full_image import FullImage
 from spp_cls.data.layouts import folder
 from spp_cls.data.sizes import Sizes, alternating, single
 from spp_cls.data.source import TrainBatch, ViewsBatch, corners, read_resized, resized_shapes
+from spp_cls.data.views import PROTOCOLS
+from spp_cls.models import SPPNet, sppnet
+from spp_cls.models.windows import geometry
 from spp_cls.resume import History, read_history
 from spp_cls.schedules import constant
 
@@ -311,9 +314,24 @@ def test_two_processes_receive_the_planned_sizes_and_each_image_once(pictures: P
     }
     datamodule = make(pictures)
     datamodule.setup()
-    tested = [row for r in ranks for _, rows in r["test"] for row in rows]
+    tested = Counter(row for r in ranks for _, rows in r["test"] for row in rows)
     assert datamodule.index is not None and sorted(tested) == datamodule.index.rows("test").tolist()
-    assert all(min(shape[3:]) == 36 for r in ranks for shape, _ in r["test"])
+    assert set(tested.values()) == {7}  # six scales, and the full views
+    sides = Counter(min(shape[3:]) for r in ranks for shape, rows in r["test"] for _ in rows)
+    assert sides == dict.fromkeys((32, 37, 43, 51, 64, 80, 36), 9)
+
+    # The classifier's scores are gathered: both ranks have those of one process, and its errors.
+    alone = Classifier(net=sppnet("tiny", 3, width=0.25), optimizer=torch.optim.SGD, schedule=constant)
+    run = trainer(1)
+    run.test(alone, datamodule=make(pictures, views=Views("multi_scale_full")), verbose=False)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"scores{rank}.json").read_text())
+        assert found["errors"] == pytest.approx({k: float(v) for k, v in run.callback_metrics.items()}, abs=1e-5)
+        assert {int(row): label for row, (label, _) in found["scores"].items()} == {
+            row: label for row, (label, _) in alone.test_scores.items()
+        }
+        for row, (_, scores) in found["scores"].items():
+            torch.testing.assert_close(torch.tensor(scores), alone.test_scores[int(row)][1], rtol=0, atol=1e-6)
 
     # The history holds each step once, and the loss of the global batch: the mean over both ranks.
     history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
@@ -340,17 +358,19 @@ def test_two_processes_that_are_killed_and_resumed_receive_what_one_run_does(pic
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("crops", ["center_crop", "ten_crop", "full_image"])
-def test_every_image_is_tested_exactly_once_over_the_ranks(pictures: Path, ranks: int, crops: str) -> None:
-    rows: list[int] = []
+@pytest.mark.parametrize("crops", PROTOCOLS)
+def test_every_image_is_tested_exactly_once_a_pass_over_the_ranks(pictures: Path, ranks: int, crops: str) -> None:
+    passes, found = len(PROTOCOLS[crops]), list[Counter[int]]()
     for rank in range(ranks):
         datamodule = as_rank(make(pictures, views=Views(crops)), rank, ranks)
         datamodule.setup()
         loader = datamodule.test_dataloader()
         batches = list(loader)
         assert len(loader) == len(batches) >= 1  # Lightning refuses to test where a rank has no batch
-        rows += [row for batch in batches for row in batch.rows.tolist()]
-    assert datamodule.index is not None and sorted(rows) == datamodule.index.rows("test").tolist()
+        found.append(Counter(row for batch in batches for row in batch.rows.tolist()))
+        assert set(found[-1].values()) == {passes}  # all passes of an image are of one rank
+    assert datamodule.index is not None
+    assert sorted(row for rows in found for row in rows) == datamodule.index.rows("test").tolist()
 
 
 def test_each_rank_validates_where_one_batch_would_hold_all(pictures: Path) -> None:
@@ -405,6 +425,108 @@ def test_test_batches_are_views_labels_rows(pictures: Path) -> None:
     views, labels, rows = datamodule.on_after_batch_transfer(batches[0], 0)
     assert views.shape == (2, 10, 3, 32, 32) and views.dtype == torch.float32
     assert torch.equal(labels, batches[0].labels) and torch.equal(rows, batches[0].rows)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_windows_travel_with_the_images_whose_maps_they_are_on(pictures: Path, num_workers: int) -> None:
+    datamodule = make(pictures, views=Views("ten_crop_maps"), num_workers=num_workers)
+    datamodule.setup()
+    for batch in datamodule.test_dataloader():
+        views, labels, rows, windows = datamodule.on_after_batch_transfer(batch, 0)
+        images, both, colours, height, width = views.shape
+        assert (images, both, colours, min(height, width)) == (len(labels), 2, 3, 36) and len(rows) == images
+        assert torch.equal(views[:, 1], views[:, 0].flip(3))  # the mirror image, and not of the map
+        assert windows.shape == (10, 5) and windows.dtype == torch.int64
+        assert windows[1].tolist() == [0, 0, 0, 32, 32] and windows[6].tolist() == [1, 0, width - 32, 32, width]
+
+
+def one_by_one(net: SPPNet, datamodule: MultiSizeDataModule, row: int) -> Tensor:
+    """The mean score of the 96 + 2 views of one picture, in plain loops: every view pooled from a crop of the map."""
+    assert datamodule.index is not None
+    pixels = np.array(Image.open(datamodule.index.path(row)).convert("RGB"))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+
+    def both(shorter: int) -> list[Tensor]:
+        """The resized picture (1, 3, h, w) and its mirror image."""
+        shape = [max(shorter, round(side * shorter / min(pixels.shape[:2]))) for side in pixels.shape[:2]]
+        image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        image = (F.interpolate(image, shape, mode="bilinear", antialias=True).float() - mean) / std
+        return [image, image.flip(3)]
+
+    look, scores = geometry(net.backbone), [net(image).softmax(1)[0] for image in both(36)]
+    for shorter in (32, 37, 43, 51, 64, 80):  # 224 … 560 where views have 224 px; here they have 32
+        for mirrored, image in enumerate(both(shorter)):
+            down, right = image.shape[2] - 32, image.shape[3] - 32
+            map = net.backbone(image)
+            for top in {0, round(down / 2), down}:
+                for left in {0, round(right / 2), right}:
+                    rows = slice(*look.window(top, 32, map.shape[2]))
+                    columns = slice(*look.window(right - left if mirrored else left, 32, map.shape[3]))
+                    scores.append(net.head(net.pyramid(map[:, :, rows, columns])).softmax(1)[0])
+    return torch.stack(scores).mean(0)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Test pictures of four shapes, in turn: landscapes, portraits, squares, and one that is nearly square."""
+    root, chance = tmp_path_factory.mktemp("mixed"), np.random.default_rng(5)
+    for split, number in (("train", 3), ("val", 3), ("test", 22)):
+        for i in range(number):
+            width, height = ((60, 45), (45, 60), (50, 50), (51, 50))[i % 4]
+            coarse = Image.fromarray(chance.integers(0, 256, (5, 6, 3), np.uint8))
+            place = root / split / "abc"[i % 3]
+            place.mkdir(parents=True, exist_ok=True)
+            coarse.resize((width, height), Image.Resampling.BICUBIC).save(place / f"{i:02}.png")
+    return root
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_mean_over_passes_and_mixed_shapes_is_that_of_plain_loops(mixed: Path, num_workers: int) -> None:
+    net = sppnet("tiny", 3, width=0.25, seed=1)
+    module = Classifier(net=net, optimizer=torch.optim.SGD, schedule=constant)
+    datamodule = make(mixed, views=Views("multi_scale_full"), batch_size=16, num_workers=num_workers)
+    run = trainer(1)
+    run.test(module, datamodule=datamodule, verbose=False)
+    assert datamodule.index is not None
+    rows = datamodule.index.rows("test").tolist()
+    assert sorted(module.test_scores) == rows and len(rows) == 22
+    with torch.no_grad():
+        expected = torch.stack([one_by_one(net.eval(), datamodule, row) for row in rows])
+    found = torch.stack([module.test_scores[row][1] for row in rows])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert expected.std(0).min() > 1e-3  # else this would say little
+    labels = torch.from_numpy(datamodule.index.labels[rows])
+    assert [module.test_scores[row][0] for row in rows] == labels.tolist()
+    error = 100 * float((found.argmax(1) != labels).float().mean())
+    assert float(run.callback_metrics["test/top1_error"]) == pytest.approx(error)
+    loss = F.nll_loss(found.log(), labels)
+    assert float(run.callback_metrics["test/loss"]) == pytest.approx(float(loss), abs=1e-5)
+
+
+def test_views_that_the_net_has_no_windows_for_are_refused_before_training_and_testing(pictures: Path) -> None:
+    module = Classifier(net=small_resnet(), optimizer=torch.optim.SGD, schedule=constant)
+    datamodule = make(pictures, views=Views("multi_scale"))
+    for way in ("fit", "test"):
+        with pytest.raises(ValueError, match="^views.crops=multi_scale pools windows of maps: .*; use views=ten_crop$"):
+            getattr(trainer(1), way)(module, datamodule=datamodule)
+    datamodule.views = datamodule.sized(Views("multi_scale_pixels"))
+    trainer(1).test(module, datamodule=datamodule, verbose=False)
+    assert len(module.test_scores) == 9
+
+
+def small_resnet() -> SPPNet:
+    class Shortcut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, input: Tensor) -> Tensor:
+            return input + self.conv(input)
+
+    class Body(nn.Sequential):
+        out_channels = 4
+
+    return SPPNet(Body(nn.Conv2d(3, 4, 3, 2), Shortcut()), 3, levels=(2, 1), fc=())
 
 
 # Loops

@@ -186,3 +186,72 @@ def test_to_uint8_undoes_normalise() -> None:
     images = pictures(2, 16)
     back = to_uint8(normalise(images, IMAGENET_MEAN, IMAGENET_STD), IMAGENET_MEAN, IMAGENET_STD)
     assert np.array_equal(back, images.permute(0, 2, 3, 1).numpy())
+
+
+# A mean image
+
+
+def mean_image(height: int, width: int) -> Tensor:
+    """(3, height, width): a slope in each channel, along another direction."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
+    return torch.stack([100 + 50 * x, 120 - 30 * y, 90 + 20 * x * y])
+
+
+@pytest.mark.parametrize("size", [32, 26])
+def test_a_mean_image_is_warped_to_the_size_and_subtracted_after_mirroring(size: int) -> None:
+    images, chance = pictures(3, 32), uniforms(3)
+    chance[:, FLIP] = torch.tensor([0.1, 0.9, 0.1])
+    mean, std = mean_image(32, 32), [50.0, 60.0, 70.0]
+    pixels = resize(images, (size, size)).float()
+    pixels[[0, 2]] = pixels[[0, 2]].flip(3)
+    expected = (pixels - resize(mean[None], (size, size))) / torch.tensor(std)[:, None, None]
+    options: dict[str, Any] = {"mean": mean, "std": std, "flip": 0.5, "colour": 0.0}
+    torch.testing.assert_close(device_step(images, chance, (size, size), **options), expected, rtol=0, atol=1e-5)
+    # On a GPU no pixel is rounded on the way.
+    one_level = 1.001 / 50 if size < 32 else 1e-5
+    assert (at_once(images, chance, (size, size), **options) - expected).abs().max() <= one_level
+
+
+def test_with_a_mean_image_colours_are_shifted_as_without() -> None:
+    images, chance = pictures(3, 8), torch.rand(3, 8, generator=torch.Generator().manual_seed(1))
+    mean = mean_image(8, 8)
+    for step in (device_step, at_once):
+        plain = step(images, chance, (8, 8), mean=(0.0, 0.0, 0.0), std=(2.0, 3.0, 4.0))
+        ours = step(images, chance, (8, 8), mean=mean, std=(2.0, 3.0, 4.0))
+        expected = plain - mean / torch.tensor([2.0, 3.0, 4.0])[:, None, None]
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("shape", [(32, 26), (8, 8), (32, 64)])
+def test_a_flat_mean_image_is_three_numbers(shape: tuple[int, int]) -> None:
+    flat = torch.tensor(IMAGENET_MEAN)[:, None, None].expand(3, 20, 30).contiguous()
+    images, chance = pictures(2, 32), torch.rand(2, 8, generator=torch.Generator().manual_seed(1))
+    for step in (device_step, at_once):
+        with_image = step(images, chance, shape, mean=flat, std=IMAGENET_STD)
+        torch.testing.assert_close(
+            with_image, step(images, chance, shape, mean=IMAGENET_MEAN, std=IMAGENET_STD), rtol=0, atol=1e-5
+        )
+    views = pictures(6, 8).view(2, 3, 3, 8, 8)
+    torch.testing.assert_close(
+        normalise(views, flat, IMAGENET_STD), normalise(views, IMAGENET_MEAN, IMAGENET_STD), rtol=0, atol=1e-5
+    )
+
+
+def test_whole_pictures_have_the_mean_image_warped_to_their_sides() -> None:
+    picture, mean = pictures(1, 32)[:, :, :24], mean_image(32, 32)  # (1, 3, 24, 32)
+    out = normalise(picture[None], mean, IMAGENET_STD)[0]
+    expected = (picture - resize(mean[None], (24, 32))) / torch.tensor(IMAGENET_STD)[:, None, None]
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+
+
+def test_a_mean_image_that_was_warped_in_testing_serves_training() -> None:
+    images, mean = pictures(2, 16), mean_image(16, 16)
+    with torch.inference_mode():
+        normalise(images, mean, IMAGENET_STD)
+    layer = torch.nn.Conv2d(3, 2, 3)
+    out = device_step(images, uniforms(2), (16, 16), mean=mean, std=IMAGENET_STD)
+    layer(out).sum().backward()
+    assert layer.weight.grad is not None
+    other = mean + 1  # another image of the same size is another
+    assert not torch.equal(normalise(images, other, IMAGENET_STD), normalise(images, mean, IMAGENET_STD))

@@ -3,16 +3,19 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import sys
 import types
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from spp_cls.data.index import make_index
 from spp_cls.data.layouts import SUFFIXES, Listing, caltech101, folder, imagenet, shapes, table
 
 
@@ -493,6 +496,49 @@ def test_imagenet_with_a_flat_val(tmp_path: Path) -> None:
     solution.write_text("\n".join([*lines, "ILSVRC2012_val_00000002,n01 1 2 3 4"]))
     test = {path: name for path, (name, split) in rows(imagenet(root)).items() if split == "test"}
     assert test == {"val/ILSVRC2012_val_00000001.JPEG": "n02", "val/ILSVRC2012_val_00000002.JPEG": "n01"}
+
+
+def test_imagenet_with_names(tmp_path: Path) -> None:
+    wnids = ("n01440764", "n02012849", "n03126707")
+    paths = [f"{top}/{wnid}/{i}.JPEG" for top in ("train", "val") for wnid in wnids for i in range(3)]
+    root = touch(tmp_path, paths)
+    bare = imagenet(root, val_per_class=1)
+    assert bare.classes == wnids
+    mapping = root / "LOC_synset_mapping.txt"
+    lines = [
+        "n02012849 crane",
+        "n01440764 tench, Tinca tinca",
+        "",
+        "n09999999 of no picture",
+        "n03126707  crane , lift",
+    ]
+    mapping.write_text("\n".join(lines), encoding="utf-8-sig")
+    named = imagenet(root, val_per_class=1)
+    assert named == replace(bare, classes=("n01440764 tench", "n02012849 crane", "n03126707 crane"))
+    assert str(mapping) in bare.sources  # so that an index is made anew where it comes or changes
+    mapping.write_text("n02012849 crane\n")
+    assert imagenet(root, val_per_class=1).classes == ("n01440764", "n02012849 crane", "n03126707")
+    mapping.write_text("n02012849 crane\nn01440764\n")
+    fails(f"{mapping}, line 2: 'n01440764'; wanted is a wnid and its names", imagenet, root, val_per_class=1)
+    mapping.write_bytes(b"n02012849 \xff\n")
+    with pytest.raises(ValueError, match=re.escape(f"{mapping}: is not UTF-8")):
+        imagenet(root, val_per_class=1)
+
+
+def test_names_that_come_later_are_seen_by_the_index(tmp_path: Path, pictures: Path) -> None:
+    root = tmp_path / "imagenet"
+    for top in ("train", "val"):
+        shutil.copytree(pictures / "train", root / top)
+    layout = partial(imagenet, val_per_class=1)
+    for path in (root, *root.rglob("*")):
+        os.utime(path, (0, 0))  # as if all had lain there for long
+    before = make_index(root, layout, progress=False)
+    assert before.classes == ("a", "b", "c")
+    (root / "LOC_synset_mapping.txt").write_text("a apple\n")
+    os.utime(root, (0, 0))  # train and val are what is listed
+    after = make_index(root, layout, progress=False)
+    assert after.classes == ("a apple", "b", "c")
+    assert after.labels.tolist() == before.labels.tolist()
 
 
 def test_errors_of_imagenet(tmp_path: Path) -> None:

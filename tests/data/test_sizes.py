@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spp_cls.data.plan import order_and_uniforms
-from spp_cls.data.sizes import alternating, planned, single, uniform
+from spp_cls.data.sizes import alternating, growing, per_batch, planned, single, uniform
 
 
 def test_single() -> None:
@@ -87,3 +87,71 @@ def test_a_schedule_of_ones_own_may_depend_on_the_batch() -> None:
 def test_alternating_needs_a_size() -> None:
     with pytest.raises(ValueError, match=r"^sizes\.sizes=\[\]: give at least one"):
         alternating(0, 0, 0, sizes=[])
+
+
+FOUR = [128, 160, 192, 224]
+
+
+def test_per_batch_draws_each_size_about_equally_often_in_any_order() -> None:
+    # 4,000 batches, over the blocks that are drawn at once: 1,000 of each, standard deviation 27.
+    sizes = [per_batch(0, 0, batch, sizes=FOUR) for batch in range(4000)]
+    assert all(880 < number < 1120 for number in Counter(sizes).values()) and set(sizes) == set(FOUR)
+    assert abs(np.corrcoef(sizes[:-1], sizes[1:])[0, 1]) < 0.06
+    assert sizes[:1000] != sizes[1024:2024]
+    twice = [per_batch(0, 0, batch, sizes=[180, 224, 224]) for batch in range(3000)]
+    assert 900 < twice.count(180) < 1100  # what stands twice is twice as likely
+
+
+def test_per_batch_is_a_pure_function() -> None:
+    first = {(s, e, b): per_batch(s, e, b, sizes=FOUR) for s in (0, 7) for e in (0, 3) for b in range(0, 3000, 7)}
+    again = {(s, e, b): per_batch(s, e, b, sizes=FOUR) for s, e, b in reversed(first)}
+    assert again == first
+    runs = {
+        tuple(size for (s, e, _), size in first.items() if (s, e) == run) for run in ((0, 0), (0, 3), (7, 0), (7, 3))
+    }
+    assert len(runs) == 4  # another seed or epoch, another order
+
+
+def test_per_batch_draws_beside_the_others() -> None:
+    ours = np.random.Generator(np.random.Philox(key=[0, 0], counter=[0, 0, 0, 3])).random(8)
+    assert [per_batch(0, 0, batch, sizes=range(1000)) for batch in range(8)] == [int(u * 1000) for u in ours]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "expected"),
+    [
+        (8, 4, [128, 128, 160, 160, 192, 192, 224, 224]),
+        (6, 4, [128, 128, 160, 192, 192, 224]),
+        (4, 4, [128, 160, 192, 224]),
+        (3, 4, [128, 176, 224]),
+        (2, 4, [128, 224]),
+        (1, 4, [224]),
+        (3, 1, [224, 224, 224]),
+        (5, 2, [128, 128, 128, 224, 224]),
+    ],
+)
+def test_growing_by_hand(epochs: int, steps: int, expected: list[int]) -> None:
+    sizes = partial(growing, low=128, high=224, epochs=epochs, steps=steps)
+    assert [planned(sizes, 0, epoch, 0, 224) for epoch in range(epochs)] == expected
+    assert sizes(0, epochs + 5, 0) == 224  # a run that goes on further stays there
+    assert {sizes(seed, 0, batch) for seed in range(3) for batch in range(3)} == {expected[0]}
+
+
+def test_growing_never_shrinks_and_ends_at_the_top() -> None:
+    for epochs in range(1, 40):
+        for steps in range(1, 10):
+            sizes = [growing(0, epoch, 0, low=96, high=224, epochs=epochs, steps=steps) for epoch in range(epochs)]
+            assert sizes == sorted(sizes) and sizes[-1] == 224
+            assert len(set(sizes)) == min(epochs, steps)
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": -1}, {"epochs": None}, {"steps": 0}, {"steps": 2.0}])
+def test_growing_refuses(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(ValueError, match=rf"^sizes\.{name}=.*: use a whole number of at least 1$"):
+        growing(0, 0, 0, **{"low": 128, "high": 224, "epochs": 4, **wrong})
+
+
+def test_per_batch_needs_a_size() -> None:
+    with pytest.raises(ValueError, match=r"^sizes\.sizes=\[\]: give at least one"):
+        per_batch(0, 0, 0, sizes=[])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from spp_cls.data.source import (
     resized_shape,
     resized_shapes,
 )
-from spp_cls.data.views import Views
+from spp_cls.data.views import PROTOCOLS, Views
 
 BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 
@@ -226,44 +227,83 @@ def test_whole_pictures_come_at_the_shape_that_is_planned(index: Index) -> None:
 def test_read_views_resizes_the_shorter_side_and_keeps_the_shape(tmp_path: Path) -> None:
     image = photo(60, 40)
     image.save(tmp_path / "wide.png")
-    whole = read_views(tmp_path / "wide.png", Views("full_image", 32), resize=36, region=32)
-    assert whole.shape == (1, 3, 36, 54)
+    ((whole, windows),) = read_views(tmp_path / "wide.png", Views("full_image", 32), resize=36, region=32)
+    assert windows is None and whole.shape == (1, 3, 36, 54)
     assert differ(pixels(whole[0]), by_pillow(image, (36, 54))) <= 2
-    ten = read_views(tmp_path / "wide.png", Views("ten_crop", 26), resize=36, region=32)
+    ((ten, _),) = read_views(tmp_path / "wide.png", Views("ten_crop", 26), resize=36, region=32)
     smaller = by_pillow(image, (29, 44))  # 26 · 36 / 32 = 29.25
     assert ten.shape == (10, 3, 26, 26)
     assert differ(pixels(ten[1]), smaller[:26, :26]) <= 2
     assert differ(pixels(ten[4]), smaller[-26:, -26:]) <= 2
 
 
-@pytest.mark.parametrize("crops", ["center_crop", "ten_crop", "full_image"])
+@pytest.mark.parametrize("crops", PROTOCOLS)
 @pytest.mark.parametrize("batch_size", [1, 4, 25])
-def test_views_batches_hold_every_row_once(index: Index, crops: str, batch_size: int) -> None:
+def test_views_batches_hold_every_row_once_a_pass(index: Index, crops: str, batch_size: int) -> None:
     source = ViewsSource(index, Views(crops, 32), 36, 32)
     rows = index.rows("train")
     batches = source.batches(rows, batch_size)
-    assert sorted(np.concatenate(batches).tolist()) == rows.tolist()
-    views = source.views.num_views
-    assert all(len(batch) * views <= max(batch_size, views) for batch in batches)
-    if crops != "full_image":
-        assert np.array_equal(np.concatenate(batches), rows)
-        assert len(batches) == -(-len(rows) // max(1, batch_size // views))
+    for number, one in enumerate(source.views.passes):
+        own = [batch for turn, batch in batches if turn == number]
+        assert sorted(np.concatenate(own).tolist()) == rows.tolist()
+        if crops in ("center_crop", "ten_crop"):  # as they stand in the index
+            views = source.views.num_views
+            assert np.array_equal(np.concatenate(own), rows)
+            assert len(own) == -(-len(rows) // max(1, batch_size // views))
+            assert all(len(batch) * views <= max(batch_size, views) for batch in own)
+        elif not one.whole:
+            assert all(len(batch) * 2 <= max(batch_size, 18) for batch in own)
+    assert [turn for turn, _ in batches] == sorted(turn for turn, _ in batches)  # pass after pass
 
 
-def test_views_batches_of_whole_images_have_one_shape(index: Index) -> None:
-    source = ViewsSource(index, Views("full_image", 32), 36, 32)
-    rows = index.rows("train")
-    batches = source.batches(rows, 8)
-    shapes = [
-        {resized_shape(int(index.widths[r]), int(index.heights[r]), source.views.shorter_side(36, 32)) for r in batch}
-        for batch in batches
-    ]
-    assert {len(shape) for shape in shapes} == {1} and max(len(batch) for batch in batches) > 1
-    for batch, (shape,) in zip(batches, shapes, strict=True):
-        out = source[batch]
+@pytest.mark.parametrize("crops", ["full_image", "ten_crop_maps", "multi_scale_full", "multi_scale_pixels"])
+def test_views_batches_have_one_shape(several: Index, crops: str) -> None:
+    source = ViewsSource(several, Views(crops, 32), 36, 32)
+    rows = several.rows("train")
+    found: Counter[tuple[int, ...]] = Counter()
+    for number, batch in source.batches(rows, 36):
+        one = source.views.passes[number]
+        shorter = one.shorter_side(32, 36, 32)
+        shapes = {resized_shape(int(several.widths[r]), int(several.heights[r]), shorter) for r in batch}
+        out = source[number, batch]  # torch.stack takes them: one shape
         assert not isinstance(out, ValueError)
-        assert out.views.shape == (len(batch), 1, 3, *shape)  # torch.stack took them: one shape
-        assert np.array_equal(out.rows.numpy(), batch) and np.array_equal(out.labels.numpy(), index.labels[batch])
+        if one.whole:
+            (shape,) = shapes
+            assert out.views.shape == (len(batch), 1 + one.mirrored, 3, *shape)
+        else:
+            assert out.views.shape[2:] == (3, 32, 32) and {one.num_views(*shape, 32) for shape in shapes} == {
+                out.views.shape[1]
+            }
+        assert (out.windows is not None) == one.on_maps
+        assert np.array_equal(out.rows.numpy(), batch) and np.array_equal(out.labels.numpy(), several.labels[batch])
+        found[len(batch)] += 1
+    assert max(found) > 1
+
+
+def test_large_scales_take_no_more_px_at_once_than_regions_do(several: Index) -> None:
+    source = ViewsSource(several, Views("multi_scale", 32), 36, 32)
+    batches = source.batches(several.rows("train"), 18)
+    sizes = []
+    for number, batch in batches:
+        out = source[number, batch]
+        assert not isinstance(out, ValueError)
+        sizes.append((out.views[:, :, 0].numel(), len(batch)))
+    assert all(px <= 18 * 32 * 32 or images == 1 for px, images in sizes)
+    assert {images for _, images in sizes} == {1, 2, 3, 4, 5, 6}  # 60 × 80 px are fewer at once than 32 × 32
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    """Six pictures of 60 × 45 px, six of 45 × 60, six squares: each shape in both classes."""
+    root = tmp_path_factory.mktemp("several")
+    for i, (width, height) in enumerate([(60, 45), (45, 60), (50, 50)] * 6):
+        (root / "train" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        photo(width, height).save(root / "train" / "ab"[i % 2] / f"{i}.png")
+    for split in ("val", "test"):
+        for name in "ab":
+            (root / split / name).mkdir(parents=True)
+            photo(50, 50).save(root / split / name / "0.png")
+    return make_index(root, folder)
 
 
 def test_a_broken_picture_comes_back_as_its_error(tmp_path: Path) -> None:
@@ -279,7 +319,7 @@ def test_a_broken_picture_comes_back_as_its_error(tmp_path: Path) -> None:
     micro = MicroBatch(0, 0, np.array([0, 1]), np.zeros((2, 8), np.float32))
     for error in (
         source_of(index, 36)[micro],
-        ViewsSource(index, Views("center_crop", 32), 36, 32)[rows[:2]],
+        ViewsSource(index, Views("center_crop", 32), 36, 32)[0, rows[:2]],
     ):
         assert isinstance(error, ValueError)
         assert str(error).startswith(f"{broken}: ") and "\n" not in str(error)

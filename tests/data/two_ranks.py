@@ -22,10 +22,13 @@ warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
 from lightning import Callback, LightningModule, Trainer  # noqa: E402
 
 from spp_cls.callbacks import PlannedSize  # noqa: E402
+from spp_cls.classifier import Classifier  # noqa: E402
 from spp_cls.data import MultiSizeDataModule, Views  # noqa: E402
 from spp_cls.data.layouts import folder  # noqa: E402
 from spp_cls.data.sizes import alternating  # noqa: E402
+from spp_cls.models import sppnet  # noqa: E402
 from spp_cls.resume import AtomicCheckpointIO, History, ResumePoint  # noqa: E402
+from spp_cls.schedules import constant  # noqa: E402
 
 
 def fingerprint(images: Tensor) -> list[str]:
@@ -52,7 +55,7 @@ class Stranger(LightningModule):
         self.received["val"].append((self.current_epoch, images.shape[-1], labels.tolist(), fingerprint(images)))
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        views, _, rows = batch
+        views, _, rows, *_ = batch
         self.received["test"].append((list(views.shape), rows.tolist()))
 
     def configure_optimizers(self) -> Any:
@@ -75,7 +78,7 @@ def main(root: str, out: str, workers: str, kill_at: str = "-1") -> None:
         root,
         folder,
         partial(alternating, sizes=[26, 32]),
-        Views("full_image"),
+        Views("multi_scale_full"),
         batch_size=8,
         region=32,
         resize=36,
@@ -102,6 +105,11 @@ def main(root: str, out: str, workers: str, kill_at: str = "-1") -> None:
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=last if last.exists() else None, weights_only=True)
         trainer.test(module, datamodule=datamodule, verbose=False)
+        classifier = Classifier(net=sppnet("tiny", 3, width=0.25), optimizer=torch.optim.SGD, schedule=constant)
+        trainer.test(classifier, datamodule=datamodule, verbose=False)
+        errors = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        scores = {row: (label, mean.tolist()) for row, (label, mean) in classifier.test_scores.items()}
+        Path(out, f"scores{trainer.global_rank}.json").write_text(json.dumps({"errors": errors, "scores": scores}))
     finally:
         Path(out, f"rank{trainer.global_rank}.json").write_text(json.dumps(module.received))
 

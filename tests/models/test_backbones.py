@@ -144,6 +144,13 @@ def test_norm_is_of_the_kind_asked_for(norm: str) -> None:
     assert kinds == ({nn.Identity} if norm == "none" else {LocalResponseNorm})
 
 
+def test_constants_reach_every_norm() -> None:
+    layers = Backbone(BACKBONES["zf5"], "across_channels", width=0.01, norm_constants={"k": 1.0})
+    assert {(norm.size, norm.alpha, norm.k) for norm in (layers.norm1, layers.norm2)} == {(5, 1e-4, 1.0)}
+    with pytest.raises(ValueError, match=r"^norm_constants has 'gamma'"):  # even where no layer is a norm
+        Backbone(BACKBONES["tiny"], "across_channels", norm_constants={"gamma": 1.0})
+
+
 def test_width_is_a_factor_on_the_filters() -> None:
     with torch.device("meta"):
         backbone = Backbone(BACKBONES["zf5"], width=0.25)

@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spp_cls.models.norm import LocalResponseNorm, across_channels, mean_in_window, sum_over_channels, within_channel
+from spp_cls.models.norm import (
+    LocalResponseNorm,
+    across_channels,
+    make_norm,
+    mean_in_window,
+    sum_over_channels,
+    within_channel,
+)
 
 KINDS = [within_channel, across_channels]
 Kind = Callable[[], LocalResponseNorm]
@@ -171,3 +178,49 @@ def test_nothing_but_the_input_is_kept_for_the_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()), lambda _: None):
         within_channel()(x)
     assert kept == [x.data_ptr()]
+
+
+@pytest.mark.parametrize("constants", [None, {}, {"size": 3, "alpha": 5e-5, "beta": 0.75, "k": 1.0}])
+def test_no_constants_are_the_kinds_own(constants: dict[str, float] | None) -> None:
+    x = pixels(2, 9, 7, 5)
+    assert torch.equal(make_norm("within_channel", constants)(x), within_channel()(x))
+    assert isinstance(make_norm("none", None), nn.Identity)
+
+
+def test_constants_of_caffe_across_channels() -> None:
+    x = pixels(2, 9, 7, 5, dtype=torch.float64)
+    caffe = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1)  # alpha over size, as Caffe
+    torch.testing.assert_close(make_norm("across_channels", {"alpha": 2e-5, "k": 1.0})(x), caffe(x))
+    torch.testing.assert_close(
+        make_norm("across_channels", {"size": 9})(x), nn.LocalResponseNorm(9, alpha=9e-4, beta=0.75, k=2)(x)
+    )
+
+
+def test_a_wider_window_within_the_channel_has_a_wider_halo(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = pixels(2, 4, 11, 7, dtype=torch.float64).requires_grad_()
+    expected = x / (1 + 1e-3 * F.avg_pool2d(x * x, 5, 1, 2)) ** 0.5
+    (gradient,) = torch.autograd.grad(expected.square().sum(), x)
+    norm = make_norm("within_channel", {"size": 5, "alpha": 1e-3, "beta": 0.5})
+    for block in (10**9, 4 * 7 * 3):  # all at once, and three rows at a time
+        monkeypatch.setattr("spp_cls.models.norm.BLOCK", block)
+        out = norm(x)
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(torch.autograd.grad(out.square().sum(), x)[0], gradient)
+
+
+@pytest.mark.parametrize(
+    ("kind", "constants", "message"),
+    [
+        ("lrn", {}, r"^norm='lrn': use one of within_channel, across_channels, none$"),
+        ("none", {"k": 1.0}, r"^norm_constants=.*: norm=none has none; choose a norm, or use null$"),
+        ("within_channel", {"alfa": 1.0}, r"^norm_constants has 'alfa': use size, alpha, beta, k$"),
+        ("within_channel", {"size": 4}, r"^norm_constants\.size=4: use an odd whole number of at least 1$"),
+        ("within_channel", {"size": 3.5}, r"^norm_constants\.size=3\.5: use an odd whole number"),
+        ("across_channels", {"alpha": -1.0}, r"^norm_constants\.alpha=-1\.0: use a number of at least 0$"),
+        ("across_channels", {"k": 0}, r"^norm_constants\.k=0: use a number of at least 0\.001$"),
+        ("across_channels", {"beta": "high"}, r"^norm_constants\.beta='high': use a number of at least 0$"),
+    ],
+)
+def test_constants_that_are_refused(kind: str, constants: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_norm(kind, constants)

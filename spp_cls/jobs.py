@@ -1,0 +1,314 @@
+"""The ledger: runs to do and done, each an `spp train` process of its own, side by side on the devices there are.
+
+A run is known by its key, the hash of what decides its result (`differences.run_key`), whoever started it: a grid, a
+table, a command, another machine. One that is done is passed over, one that was begun is gone on with. The ledger has
+no state but the run folders and result rows, so that it can be killed anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .results import Row, read_results, read_rows, row_of, together
+from .run import CHECKPOINTS, KEY, RESULTS
+
+OUTPUT = "output.txt"  # of a run folder: what its processes printed
+RUNS = (Path("runs"), Path("multiruns"))
+LOCKS = Path("runs", ".jobs")
+COMMAND = (sys.executable, "-m", "spp_cls", "train")
+_LOOK = 0.2  # seconds between two looks at the processes
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to be: its words for `spp train`, its key, where it would lie, and the tests that it must have."""
+
+    settings: tuple[str, ...]
+    key: str
+    folder: Path
+    tests: tuple[str, ...] = ()
+    name: str = ""
+
+
+@dataclass
+class Outcome:
+    """What came of a job: its row, or the reason why there is none."""
+
+    job: Job
+    row: Row | None = None
+    folder: Path | None = None
+    reason: str = ""
+    was_done: bool = False
+
+
+@dataclass
+class _Running:
+    outcome: Outcome
+    process: subprocess.Popen[bytes]
+    lock: FileLock
+    slot: int
+    began: float = field(default_factory=time.monotonic)
+
+
+# What is there
+
+
+def folders_by_key(places: Iterable[Path] = RUNS) -> dict[str, Path]:
+    """Key → run folder, finished ones first, then those that can be gone on with; of several the one begun first."""
+    found: dict[str, tuple[int, str, Path]] = {}
+    for place in places:
+        for path in place.glob(f"**/{KEY}"):
+            folder = path.parent
+            finished, saved = (folder / RESULTS).is_file(), (folder / CHECKPOINTS / "last.ckpt").is_file()
+            rank = (0 if finished else 1 if saved else 2, str(folder), folder)
+            key = path.read_text().strip()
+            found[key] = min(rank, found.get(key, rank))
+    return {key: folder for key, (_, _, folder) in found.items()}
+
+
+def known_rows(results: Iterable[Path] = (Path("results"),), places: Iterable[Path] = RUNS) -> dict[str, Row]:
+    """Key → row of every finished run that has a row in `results`, or a folder below `places`."""
+    rows = read_rows(path for path in results if path.exists())
+    for key, folder in folders_by_key(places).items():
+        row = row_of(folder)
+        if row is not None:
+            rows[key] = together(rows[key], row) if key in rows else row
+    return rows
+
+
+def lacks(job: Job, row: Row | None) -> list[str]:
+    """The tests of `job` that `row` has not."""
+    has = {test["test"] for test in row["tests"]} if row else set()
+    return [test for test in job.tests if test not in has]
+
+
+# Running
+
+
+def places(at_once: int | None, devices: Any, accelerator: str) -> list[dict[str, str]]:
+    """What the environment of each of the processes that run side by side says of its device and its threads.
+
+    By default one process has each GPU (or as many as `trainer.devices` says) or, without any, the whole machine;
+    `at_once` processes share what there is.
+    """
+    import torch
+
+    if at_once is not None and (isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1):
+        raise ValueError(f"at_once={at_once}: use a whole number of runs of at least 1, or null")
+    gpus = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 0
+    each = int(devices) if str(devices).isdecimal() else max(1, gpus)  # auto takes all
+    many = at_once or max(1, gpus // each)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+    found = []
+    for number in range(many):
+        own: dict[str, str] = {}
+        if gpus > each:
+            first = number * each % (gpus - gpus % each)
+            own["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[first : first + each])
+        if many > 1 and "OMP_NUM_THREADS" not in os.environ:
+            own["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // many))
+        found.append(own)
+    return found
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    places: Sequence[dict[str, str]],
+    rows: dict[str, Row],
+    told: Callable[[Outcome, int], None],
+) -> list[Outcome]:
+    """Do what is not done yet of `jobs`, in their order, as many at once as there are `places`; an outcome for each.
+
+    `rows` are those known before. `told(outcome, left)` hears of each job as it ends. A job that fails is an outcome
+    with its reason, and the others go on. One that another process is doing is waited for. SIGTERM and Ctrl-C are
+    passed on, so that each run saves; then `Interrupted` is raised.
+    """
+    outcomes = [Outcome(job) for job in jobs]
+    waiting = list(outcomes)
+    running: list[_Running] = []
+    free = list(range(len(places)))
+    asked: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        asked.append(number)
+        for each in running:
+            _send(each.process, signal.SIGKILL if len(asked) > 1 else signal.SIGTERM)
+
+    def end(outcome: Outcome) -> None:
+        told(outcome, len(waiting) + len(running))
+
+    with _signals(ask):
+        while waiting or running:
+            for each in [each for each in running if each.process.poll() is not None]:
+                running.remove(each)
+                free.append(each.slot)
+                each.lock.release()
+                _conclude(each)
+                end(each.outcome)
+            if asked and not running:
+                raise Interrupted(asked[0])
+            for outcome in [] if asked else list(waiting):
+                row = rows.get(outcome.job.key)
+                if row is not None and not lacks(outcome.job, row):
+                    waiting.remove(outcome)
+                    outcome.row, outcome.was_done = row, True
+                    end(outcome)
+                elif free:
+                    started = _start(outcome, free[0], places[free[0]])
+                    if started is not None:
+                        waiting.remove(outcome)
+                        running.append(started)
+                        free.pop(0)
+                    elif outcome.row is not None:  # another has done it meanwhile
+                        waiting.remove(outcome)
+                        end(outcome)
+            time.sleep(_LOOK)
+    return outcomes
+
+
+class Interrupted(Exception):
+    """A signal stopped the ledger; its runs have saved, and go on with the next."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _start(outcome: Outcome, slot: int, place: dict[str, str]) -> _Running | None:
+    """A process that does the job; None where another does it, or has (then `outcome.row` is set)."""
+    job = outcome.job
+    LOCKS.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(LOCKS / f"{job.key}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    folder = folders_by_key().get(job.key, job.folder)
+    row = row_of(folder)
+    if row is not None and not lacks(job, row):
+        lock.release()
+        outcome.row, outcome.folder, outcome.was_done = row, folder, True
+        return None
+    outcome.folder = folder
+    if (folder / CHECKPOINTS / "last.ckpt").is_file():
+        # What a test needs may be more than what the run was started for.
+        more = [word for word in job.settings if word.startswith(("tests=", "views=", "keep_scores="))]
+        words = [f"ckpt_path={_quoted(folder)}", *more]
+    else:
+        shutil.rmtree(folder, ignore_errors=True)  # what a run left that had not saved yet
+        words = [*job.settings, f"hydra.run.dir={_quoted(folder)}"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / OUTPUT).open("ab") as output:
+        process = subprocess.Popen(
+            [*COMMAND, *words],
+            env={**os.environ, **place},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is passed on once, by the ledger
+            preexec_fn=_die_with_the_ledger if sys.platform == "linux" else None,
+        )
+    return _Running(outcome, process, lock, slot)
+
+
+def _quoted(folder: Path) -> str:
+    from .door import quoted
+
+    return quoted(folder)
+
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _die_with_the_ledger() -> None:
+    """In a run: a ledger that is killed takes its runs along, after they have saved."""
+    assert _LIBC is not None
+    _LIBC.prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+
+
+def _conclude(done: _Running) -> None:
+    """Fill in what came of a process that has ended."""
+    outcome, folder = done.outcome, done.outcome.folder
+    assert folder is not None
+    row = row_of(folder) if done.process.returncode == 0 else None
+    if row is not None and row["key"] != outcome.job.key:
+        outcome.reason = f"{folder} has become another run than the one that was asked for"
+    elif row is not None and lacks(outcome.job, row):
+        outcome.reason = f"{folder}: the tests {', '.join(lacks(outcome.job, row))} were not made"
+    elif row is None:
+        outcome.reason = _why(folder, done.process.returncode)
+    else:
+        outcome.row = row
+
+
+def _why(folder: Path, code: int) -> str:
+    """The last thing that a process said, and how it ended."""
+    output = folder / OUTPUT
+    lines = output.read_text(errors="replace").splitlines() if output.is_file() else []
+    said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return f"{said} ({how}; {output})"
+
+
+def _send(process: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number) if number == signal.SIGKILL else process.send_signal(number)
+
+
+@contextlib.contextmanager
+def _signals(answer: Callable[[int, Any], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, answer) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+# For people
+
+
+class Progress:
+    """Says of each job that ends what came of it, and how long the rest will take."""
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
+        self._seconds: list[float] = []
+        self._ended, self._began = 0, time.monotonic()
+
+    def __call__(self, outcome: Outcome, left: int) -> None:
+        from .verdict import duration
+
+        self._ended += 1
+        name = outcome.job.name or outcome.job.key
+        if outcome.row is None:
+            said = f"failed: {outcome.reason}"
+        else:
+            tests = outcome.row["tests"]
+            said = f"{tests[0]['test']} {tests[0]['top1_error']:.2f} %" if tests else "done"
+            said += " (was done)" if outcome.was_done else f" in {duration(outcome.row['train_seconds'])}"
+        if not outcome.was_done:
+            self._seconds.append(time.monotonic() - self._began)
+        rest = ""
+        if left and self._seconds:
+            rest = f"; {left} left, about {duration(self._seconds[-1] / len(self._seconds) * left)}"
+        print(f"[{self._ended}/{self.jobs}] {name}: {said}{rest}", file=sys.stderr, flush=True)
+
+
+def metric_of(outcome: Outcome, name: str) -> float | None:
+    """A number of the results of a job that is done."""
+    results = read_results(outcome.folder) if outcome.folder else {}
+    return float(results[name]) if name in results else None
