@@ -7,7 +7,7 @@ ARCHIVES is a folder with the three official files, as they were downloaded from
 
     ILSVRC2012_img_train.tar        148 GB   1,281,167 pictures of 1000 classes, a tar of tars
     ILSVRC2012_img_val.tar          6.7 GB   50,000 pictures, which the paper tests on
-    ILSVRC2012_devkit_t12.tar.gz    2.6 MB   the classes, and the answers to val
+    ILSVRC2012_devkit_t12.tar.gz    2.5 MB   the classes, and the answers to val
 
 ROOT becomes
 

@@ -391,6 +391,10 @@ def test_nothing_is_written_outside_the_run_folder(tmp_path: Path) -> None:
             build.refuse_elsewhere(config(elsewhere), run, run)
 
 
-def test_a_size_costs_no_look_of_hydras(small: list[str]) -> None:
-    sizes = build.build_datamodule(build.composed(small)).sizes
-    assert type(sizes) is partial and sizes(0, 1, 5) == 32  # type: ignore[operator]
+def test_a_size_costs_no_look_of_hydras(pictures: Path) -> None:
+    layout = {"_target_": "spp_cls.data.layouts.folder", "_partial_": True}
+    data = {"_target_": "spp_cls.data.MultiSizeDataModule", "root": str(pictures), "layout": layout, "region": 32}
+    sizes = {"_target_": "spp_cls.data.sizes.alternating", "_partial_": True, "sizes": [26, 32]}
+    views = {"_target_": "spp_cls.data.Views", "crops": "center_crop"}
+    made = build.build_datamodule(OmegaConf.create({"data": data, "sizes": sizes, "views": views})).sizes
+    assert type(made) is partial and [made(0, epoch, 5) for epoch in range(3)] == [26, 32, 26]

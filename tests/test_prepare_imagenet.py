@@ -25,6 +25,7 @@ from scipy.io import savemat
 
 from spp_cls.data.index import make_index
 from spp_cls.data.layouts import imagenet
+from spp_cls.door import check, conf_folder
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_imagenet.py"
 WNIDS = {"n01440764": "tench, Tinca tinca", "n02012849": "crane", "n03126707": "crane", "n04254120": "soap dispenser"}
@@ -484,6 +485,38 @@ def test_md5(
     monkeypatch.setattr(script, "MD5", sums)
     script.main([str(tmp_path / "archives"), str(tmp_path / "imagenet"), "--md5"])
     assert below(tmp_path / "imagenet") == expected(official)
+
+
+# The page
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "imagenet.md"
+
+
+def commands() -> list[list[str]]:
+    """The words behind `spp` of every command in a block of the page."""
+    blocks = re.findall(r"^```\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = [re.sub(r"\s#.*", "", line) for block in blocks for line in block.splitlines()]
+    return [line.split("spp ", 1)[1].split() for line in lines if re.match(r"(srun .*)?spp ", line)]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_of_the_page_is_one(words: list[str]) -> None:
+    verb, *rest = words
+    check(verb, [word for word in rest if not word.endswith(".jpg")])  # raises where a key or a choice is none
+
+
+def test_the_page_has_the_sums_and_each_row_of_table_2(script: ModuleType) -> None:
+    text, run = PAGE.read_text(encoding="utf-8"), {word for words in commands() for word in words}
+    assert all(f"`{name}` |" in text and total in text for name, total in script.MD5.items())
+    for name in ("table2a_no_spp", "table2b_single_size", "table2c_multi_size", "text_30_bins", "text_uniform_size"):
+        header = (conf_folder() / "experiment" / f"{name}.yaml").read_text()
+        expected = re.findall(r"\d\d\.\d\d", header.partition("Expected")[2].partition("(")[0])
+        (row,) = re.findall(rf"^\| .* \| `experiment={name}` \|$", text, re.MULTILINE)
+        assert expected and re.findall(r"\d\d\.\d\d", row) == expected
+        assert f"experiment={name}" in run
+    views = {path.stem for path in (conf_folder() / "views").glob("*.yaml")} - {"ten_crop_maps", "multi_scale_pixels"}
+    assert {f"views={name}" for name in views} <= run
 
 
 # From the archives to predictions

@@ -101,7 +101,9 @@ def corners(
 
 def take_views(image: Tensor, one: Pass, size: int, resize: int, region: int) -> tuple[Tensor, Tensor | None]:
     """Of a picture (3, H, W) what a net is given in a pass: images (V, 3, h, w) uint8, and windows on them or None."""
-    height, width = resized_shape(image.shape[2], image.shape[1], one.shorter_side(size, resize, region))
+    image = one.distortion(image) if one.distortion else image
+    shorter = one.shorter_side(size, resize, region)
+    height, width = (shorter, shorter) if one.warped else resized_shape(image.shape[2], image.shape[1], shorter)
     return one.images(resized(image, (height, width)), size), one.windows(height, width, size)
 
 
@@ -209,6 +211,8 @@ class ViewsSource:
         shorter = one.shorter_side(self._size, self.resize, self.region)
         groups: dict[tuple[Shape, int], list[int]] = {}
         shapes = resized_shapes(self.index.widths[rows], self.index.heights[rows], shorter)
+        if one.warped:
+            shapes[:] = shorter
         for row, (height, width) in zip(rows.tolist(), shapes.tolist(), strict=True):
             key = ((height, width) if one.whole else (0, 0), one.num_views(height, width, self._size))
             groups.setdefault(key, []).append(row)

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .distortions import rotate, shift, stretch
 
 VIEW = 224  # px of the view that the scales are given for
 SCALES = (224, 256, 300, 360, 448, 560)  # px of the shorter side (He et al. 2014, §3.1.5)
@@ -49,12 +52,16 @@ class Pass:
     mirrored: the mirror image of each, too.
     on_maps: the picture goes through the convolutions once, its mirror image once, and views are windows on their maps.
     scale: shorter side of the picture in px where a view has 224; None is that of training, `resize` for a `region`.
+    warped: both sides become the shorter one, whatever the aspect ratio was.
+    distortion: what is done to the picture (3, H, W) before it is resized; not for whole ones.
     """
 
     places: Places | None
     mirrored: bool = False
     on_maps: bool = False
     scale: int | None = None
+    warped: bool = False
+    distortion: Callable[[Tensor], Tensor] | None = None
 
     @property
     def whole(self) -> bool:
@@ -102,6 +109,11 @@ PROTOCOLS: dict[str, tuple[Pass, ...]] = {
     "multi_scale": SIX_SCALES,
     "multi_scale_full": (*SIX_SCALES, FULL_VIEWS),
     "multi_scale_pixels": tuple(Pass(nine, mirrored=True, scale=scale) for scale in SCALES),
+    "warp": (Pass(None, scale=VIEW, warped=True),),  # the whole picture as a square of the test size, to compare
+    # What a net minds: by 10 % of the shorter side to the right and down; degrees anticlockwise; % of the width.
+    "shift_10": (Pass(centre, distortion=partial(shift, share=0.1)),),
+    **{f"rotate_{by}": (Pass(centre, distortion=partial(rotate, degrees=by)),) for by in (10, 20)},
+    **{f"stretch_{by}": (Pass(centre, distortion=partial(stretch, factor=by / 100)),) for by in (75, 133)},
 }
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.transforms import functional as tv
 
+from spp_cls.data.device import resize
+from spp_cls.data.distortions import rotate, shift, stretch
+from spp_cls.data.source import take_views
 from spp_cls.data.views import FULL_VIEWS, PROTOCOLS, SCALES, Pass, Views, centre, five, nine
 from spp_cls.models import SPPNet, sppnet
 
@@ -74,6 +78,7 @@ def test_the_numbers_of_views_are_the_papers() -> None:
         "multi_scale": 96,
         "multi_scale_full": 98,
         "multi_scale_pixels": 96,
+        **dict.fromkeys(("warp", "shift_10", "rotate_10", "rotate_20", "stretch_75", "stretch_133"), 1),
     }
     assert SCALES == (224, 256, 300, 360, 448, 560)
 
@@ -262,3 +267,29 @@ def test_refused() -> None:
         Views("9_crop")
     with pytest.raises(ValueError, match=r"^views.size=0: use a number of px, like 224$"):
         Views("center_crop", 0)
+
+
+# Pictures that were distorted
+
+
+def test_a_warped_picture_is_a_square_of_the_test_size() -> None:
+    (one,) = Views("warp", 16).passes
+    picture = image(20, 40)
+    images, windows = take_views(picture, one, 16, 256, 224)
+    assert windows is None and torch.equal(images[0], resize(picture[None], (16, 16))[0])
+
+
+@pytest.mark.parametrize(
+    ("crops", "distorted"),
+    [
+        ("shift_10", lambda image: shift(image, share=0.1)),
+        ("rotate_20", lambda image: rotate(image, degrees=20)),
+        ("stretch_133", lambda image: stretch(image, factor=1.33)),
+    ],
+)
+def test_the_centre_of_a_distorted_picture(crops: str, distorted: Any) -> None:
+    picture = image(40, 60)
+    (one,), (usual,) = Views(crops, 32).passes, Views("center_crop", 32).passes
+    found, _ = take_views(picture, one, 32, 36, 32)
+    assert torch.equal(found, take_views(distorted(picture), usual, 32, 36, 32)[0])
+    assert not torch.equal(found, take_views(picture, usual, 32, 36, 32)[0])
