@@ -266,10 +266,10 @@ class Test(NamedTuple):
         return f"{part}{self.views.crops}@{self.views.size}"
 
 
-def tests_of(texts: Sequence[str], region: int) -> list[Test]:
+def tests_of(texts: Sequence[str] | None, region: int) -> list[Test]:
     """The tests that `texts` name, like ten_crop, center_crop@180 and train/center_crop; without a size at `region`."""
     found = []
-    for text in map(str, texts):
+    for text in map(str, texts or ()):
         split, slash, rest = text.rpartition("/")
         crops, at, size = rest.partition("@")
         if (slash and split not in ("train", "val", "test")) or (at and not size.isdecimal()):

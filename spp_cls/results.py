@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
-from .run import RESULTS
+from .run import RESULTS, write_whole
 
+SCORES = "scores"  # a folder of the run: class probabilities of each image by test, if they are kept
 Row = dict[str, Any]
 Wrong = npt.NDArray[np.bool_]
 
@@ -54,26 +55,33 @@ def wrong(test: Row) -> Wrong:
 
 def read_results(folder: Path) -> Row:
     """What `results.json` of a run folder holds; nothing where it has not ended."""
+    return _read(folder / RESULTS)
+
+
+def _read(path: Path) -> Row:
     try:
-        found: Row = json.loads((folder / RESULTS).read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return found
+    return found if isinstance(found, dict) else {}
 
 
 def row_of(folder: Path) -> Row | None:
-    """The row of the run of `folder`; None where it has not ended, or has no key."""
-    results = read_results(folder)
+    """The row of the run of `folder`; None where it has not ended, has no key, or is damaged."""
+    results, about = read_results(folder), _read(folder / "environment.json")
     if not results.get("key"):
         return None
-    about = json.loads((folder / "environment.json").read_text())
-    timing = [json.loads(line) for line in _lines(folder / "timing.jsonl")]
-    epochs = [json.loads(line) for line in _lines(folder / "history.jsonl") if '"train/loss"' in line]
-    sizes = {}
-    for line in _lines(folder / "history.jsonl"):
-        step = json.loads(line)
-        if "size" in step:
-            sizes[step["epoch"]] = step["size"]
+    try:
+        return _row(folder, results, about)
+    except (KeyError, TypeError, AttributeError):  # of files that somebody has edited
+        return None
+
+
+def _row(folder: Path, results: Row, about: Row) -> Row:
+    timing = _rows(folder / "timing.jsonl")
+    history = _rows(folder / "history.jsonl")
+    epochs = [row for row in history if "train/loss" in row]
+    sizes = {row["epoch"]: row["size"] for row in history if "size" in row}
     return {
         "key": results["key"],
         "settings": results["settings"],
@@ -103,25 +111,68 @@ def _median(values: list[float]) -> float | None:
     return round(float(np.median(values)), 1) if values else None
 
 
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a file that may be growing, or not there."""
-    text = path.read_text() if path.is_file() else ""
-    return [line for line in text[: text.rfind("\n") + 1].splitlines() if line]
+def _rows(path: Path) -> list[Row]:
+    """The whole rows of a file that may be growing, torn by a kill, or not there."""
+    rows = [_parsed(line) for line in _text(path).splitlines()]
+    return [row for row in rows if row is not None]
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _parsed(line: str) -> Row | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def read_rows(paths: Iterable[Path]) -> dict[str, Row]:
-    """Key → row, of result files and of folders of them; of rows of one key their tests are put together."""
+    """Key → row, of result files and of folders of them; of rows of one key their tests are put together.
+
+    Raises ValueError, with file and line, where a line is no result row. A last line that a kill has torn is left out.
+    """
     found: dict[str, Row] = {}
     for path in paths:
         for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
-            for number, line in enumerate(_lines(file), start=1):
-                try:
-                    row = json.loads(line)
-                    key, _ = row["key"], row["tests"]
-                except (ValueError, KeyError, TypeError):
-                    raise ValueError(f"{file}, line {number}: is no result row; remove the line") from None
-                found[key] = together(found[key], row) if key in found else row
+            text = _text(file)
+            lines = text.splitlines()
+            for number, line in enumerate(lines, start=1):
+                row = _parsed(line)
+                if row is not None and is_row(row):
+                    key = row["key"]
+                    found[key] = together(found[key], row) if key in found else row
+                elif line.strip() and (number < len(lines) or text.endswith("\n")):
+                    raise ValueError(f"{file}, line {number}: is no result row; remove the line")
     return found
+
+
+_ROW: dict[str, type | tuple[type, ...]] = {
+    **{"key": str, "settings": list, "seed": int, "tests": list, "curve": list, "versions": dict},
+    **{"train_seconds": (int, float), "images_per_s": (int, float, type(None)), "device": (str, type(None))},
+}
+_TEST = {"test": str, "images": int, "top1_error": (int, float), "top5_error": (int, float), "wrong": str}
+
+
+def is_row(row: Row) -> bool:
+    """Whether `row` has what tables read of a row."""
+    if not all(key in row and isinstance(row[key], kind) for key, kind in _ROW.items()):
+        return False
+    tests, curve = row["tests"], row["curve"]
+    return all(map(_is_test, tests)) and all(
+        isinstance(epoch, list) and len(epoch) == 2 + len(CURVE) and isinstance(epoch[0], int) for epoch in curve
+    )
+
+
+def _is_test(test: Any) -> bool:
+    if not isinstance(test, dict) or not all(isinstance(test.get(key), kind) for key, kind in _TEST.items()):
+        return False
+    try:
+        return len(wrong(test)) == test["images"] > 0
+    except ValueError:  # no base64
+        return False
 
 
 def together(a: Row, b: Row) -> Row:
@@ -131,12 +182,19 @@ def together(a: Row, b: Row) -> Row:
 
 
 def add_row(path: Path, row: Row) -> None:
-    """Add `row` to the file `path`, whoever else does so at the same time."""
+    """Add `row` to the file `path`, whoever else does so at the same time; not if it is there already."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(row)
     with FileLock(f"{path}.lock"):
-        torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
-        with path.open("a") as file:
-            file.write("\n" * torn + json.dumps(row) + "\n")
+        text = _text(path)
+        lines = text.splitlines()
+        if line in lines:
+            return
+        if text and not text.endswith("\n"):
+            whole = _parsed(lines[-1]) is not None
+            write_whole(path, "".join(f"{each}\n" for each in (lines if whole else lines[:-1])))  # less what a kill tore
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
 
 
 def find_test(row: Row, name: str) -> Row | None:

@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from .ranks import job
 
 CHECKPOINTS = "checkpoints"
-RESULTS, KEY = "results.json", "key"
+RESULTS, KEY, LOCK = "results.json", "key", "training.lock"
 PATIENCE = 10.0
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # the second where there are quotas
 _PACKAGES = (
@@ -148,7 +148,7 @@ def in_training(folder: Path) -> Iterator[None]:
 
     Raises ValueError where another does, which is given `PATIENCE` seconds: it may be about to end.
     """
-    held = FileLock(folder / "training.lock")
+    held = FileLock(folder / LOCK)
     try:
         held.acquire(timeout=PATIENCE)
     except Timeout:
@@ -162,6 +162,19 @@ def in_training(folder: Path) -> Iterator[None]:
         yield
     finally:
         held.release()
+
+
+def is_in_training(folder: Path) -> bool:
+    """Whether a process trains the run of `folder` now."""
+    if not (folder / LOCK).is_file():
+        return False
+    held = FileLock(folder / LOCK)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        return True
+    held.release()
+    return False
 
 
 def digest(text: str) -> str:

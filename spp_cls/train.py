@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from .differences import Difference
     from .results import Row
 
-SCORES = "scores"  # a folder of the run: class probabilities of each image by test, if they are kept
-
 
 def train(
     classifier: LightningModule,
@@ -84,7 +82,9 @@ def test(
     return rows
 
 
-def check(net: nn.Module, datamodule: MultiSizeDataModule, trainer: Trainer) -> None:
+def check(
+    net: nn.Module, datamodule: MultiSizeDataModule, trainer: Trainer, tests: Sequence[Test] = ()
+) -> None:
     """Refuse, before anything is written, a batch that does not divide and sizes that region or net do not take."""
     from .cost import cost
 
@@ -105,15 +105,18 @@ def check(net: nn.Module, datamodule: MultiSizeDataModule, trainer: Trainer) -> 
             )
     planned = datamodule.planned_shapes(max(1, trainer.max_epochs or 1), plan.num_batches)
     shapes = sorted({shape for in_epoch in planned.values() for shape in in_epoch}, key=math.prod)
+    for test in tests:
+        test.views.check(net)
+    sizes = [*datamodule.val_sizes, *(test.views.size or datamodule.region for test in tests)]
     with contextlib.suppress(NotImplementedError):
-        for shape in (shapes[0], shapes[-1], *((size, size) for size in datamodule.val_sizes)):
+        for shape in dict.fromkeys((shapes[0], shapes[-1], *((size, size) for size in sizes))):
             cost(net, shape)
 
 
 def run(config: DictConfig) -> float | None:
     """Everything that `spp train` does with a config; gives `optimized_metric` for sweepers."""
     from . import build, dashboards
-    from .results import read_results
+    from .results import SCORES, read_results, scores_path
     from .run import KEY, find_checkpoint, in_training, read_key, write_whole
 
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -143,14 +146,15 @@ def run(config: DictConfig) -> float | None:
         if "init_from" in config.model:
             config.model.init_from = None  # the checkpoint has the weights
     classifier = build.build_classifier(config, identity, build.class_weights(config, datamodule))
-    check(classifier.net, datamodule, trainer)
-    for each in tests:
-        each.views.check(classifier.net)
+    check(classifier.net, datamodule, trainer, tests if config.test else ())
     _ = datamodule.pictures  # a cache that is wanted is made here, before other ranks are started
     key = build.key_of(asked, datamodule)
     before = read_results(folder) if saved else {}
     stay = before.get("tests", []) if before.get("key") == key else []  # that were made of the same weights
-    made = {build.Test(datamodule.views).name, *(one["test"] for one in stay)}
+    there = [one["test"] for one in stay]
+    if config.keep_scores:
+        there = [name for name in there if scores_path(folder / SCORES, name).is_file()]
+    made = {build.Test(datamodule.views).name, *there}
     tests = list({test.name: test for test in tests if test.name not in made}.values())
 
     if not trainer.is_global_zero:

@@ -128,6 +128,7 @@ def caltech101(
     train_per_class: int | None = 30,
     test_per_class: int = 50,
     val_per_class: int = 10,
+    val_of_train: int = 0,
     split_seed: int = 0,
 ) -> Listing:
     """Lists Caltech101 as He et al. 2014, §3.3: 30 pictures a category for training, at most 50 for testing.
@@ -136,14 +137,17 @@ def caltech101(
     val is drawn from what training and testing leave over, so that it costs neither of them a picture. Of
     the 9,144 pictures 3,060 are train, 2,995 test and 205 val, and only the 26 categories of more than 80
     pictures have any val: its error is for choosing, never for reporting. With `train_per_class` None the
-    same pictures are test and val, and all others train, 5,944 of them. A category needs `train_per_class`
-    + 1 pictures (the smallest, inline_skate, has 31).
+    same pictures are test and val, and all others train, 5,944 of them. With `val_of_train` val is instead so
+    many of each category's training pictures: for choosing settings. A category needs `train_per_class` + 1
+    pictures (the smallest, inline_skate, has 31).
     """
     root = Path(root)
     every = train_per_class is None
     train_per_class = TRAIN_PER_CATEGORY if train_per_class is None else train_per_class
     per_class = {"train": train_per_class, "test": test_per_class, "val": val_per_class}
     _check_positive({f"{split}_per_class": value for split, value in per_class.items()})
+    if not 0 <= val_of_train < train_per_class:
+        raise ValueError(f"val_of_train={val_of_train}: must be 0 or more, and below train_per_class={train_per_class}")
     inside = "101_ObjectCategories/" if (root / "101_ObjectCategories").is_dir() else ""
     found = _scan(root / inside)
     _check_classes(root / inside, found)
@@ -154,12 +158,20 @@ def caltech101(
         _check_enough(root / inside / name, len(paths), "train_per_class", train_per_class)
         ordered = _by_seed(paths, split_seed)
         drawn = zip(ordered, splits, strict=False)  # the protocol leaves the rest unused
-        rows += [(inside + path, name, split) for path, split in drawn]
-        rows += [(inside + path, name, "train") for path in ordered[len(splits) :] if every]
+        own = [(inside + path, name, split) for path, split in drawn]
+        own += [(inside + path, name, "train") for path in ordered[len(splits) :] if every]
+        rows += _val_of_train(own, val_of_train) if val_of_train else own
     notes = [f"{len(found.pictures) - len(rows)} of the {len(found.pictures)} pictures are left unused"]
     if len(categories) != 102:
         notes.append(f"{len(categories)} categories; Caltech101 has 102 with BACKGROUND_Google")
     return _listing(root, rows, [inside + path for path in found.passed_over], notes, found.sources)
+
+
+def _val_of_train(rows: list[Row], number: int) -> list[Row]:
+    """The rows of a class with the first training ones as val, and without those that were."""
+    train = [row for row in rows if row[2] == "train"]
+    chosen = [(path, name, "val") for path, name, _ in train[:number]]
+    return [*chosen, *train[number:], *(row for row in rows if row[2] == "test")]
 
 
 def imagenet(root: Path | str, *, val_per_class: int = 10, split_seed: int = 0) -> Listing:

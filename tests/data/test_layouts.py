@@ -450,6 +450,19 @@ def test_caltech101_with_all_that_test_and_val_leave(tmp_path: Path) -> None:
     assert counted(every) == {**counted(few), "train": {name: max(30, n - 60) for name, n in numbers.items()}}
 
 
+def test_caltech101_with_val_out_of_train(tmp_path: Path) -> None:
+    root = touch(tmp_path, classes_of({"a": 31, "b": 90}))
+    usual, chosen = rows(caltech101(root)), rows(caltech101(root, val_of_train=5))
+    assert counted(caltech101(root, val_of_train=5)) == {
+        "train": {"a": 25, "b": 25},
+        "val": {"a": 5, "b": 5},
+        "test": {"a": 1, "b": 50},
+    }
+    for path, (name, split) in chosen.items():
+        assert usual[path] == (name, "train" if split == "val" else split)
+    fails("val_of_train=30: must be 0 or more, and below train_per_class=30", caltech101, root, val_of_train=30)
+
+
 def test_errors_of_caltech101(tmp_path: Path) -> None:
     root = touch(tmp_path, classes_of({"a": 31, "b": 30}))
     message = f"{root}/b: has 30 pictures, but train_per_class=30 needs 31 or more"
