@@ -31,7 +31,7 @@ from .dashboards import wandb_id
 from .data import MultiSizeDataModule, Views
 from .data.mean_image import digest as mean_digest
 from .differences import CHANGES, REFUSED, Difference, differences, machine, run_key
-from .door import check, compose, dotted, nearest
+from .door import check, compose, dotted, nearest, own_conf
 from .jobs import Job
 from .ranks import place
 from .resume import AtomicCheckpointIO, History, ResumePoint
@@ -220,8 +220,9 @@ def key_of(config: DictConfig, datamodule: MultiSizeDataModule) -> str:
 
 def composed(words: Sequence[str]) -> DictConfig:
     """The config that `spp train` makes of `words`; raises ValueError where they are wrong."""
-    check("train", list(words))
-    return compose("train", list(words))
+    words = [*words, *own_conf(list(words))]
+    check("train", words)
+    return compose("train", words)
 
 
 def job_of(config: DictConfig, words: Sequence[str], folder: Path, name: str = "") -> Job:
@@ -234,7 +235,8 @@ def job_of(config: DictConfig, words: Sequence[str], folder: Path, name: str = "
     tests = [last, *tests_of(config.tests, datamodule.region)] if config.test else []
     names = tuple(dict.fromkeys(test.name for test in tests))
     key = key_of(config, datamodule)
-    return Job(tuple(words), key, Path(str(folder).replace("{key}", key)), names, name or key)
+    scores = bool(config.keep_scores and names)
+    return Job(tuple(words), key, Path(str(folder).replace("{key}", key)), names, name or key, scores)
 
 
 def listed(config: DictConfig) -> MultiSizeDataModule:

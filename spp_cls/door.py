@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -140,7 +140,7 @@ def open_door(verb: str, program: Program, arguments: list[str]) -> None:
         # Hydra has no null for a group.
         arguments = [f"{word[:-4]}none" if word in ("logger=null", "callbacks=null") else word for word in arguments]
         arguments = [word for word in arguments if word not in ("experiment=null", "debug=null", "hparams_search=null")]
-        arguments = [*arguments, *_own_conf(arguments)]
+        arguments = [*arguments, *own_conf(arguments)]
         arguments = _settings_first(arguments)
         if verb == "train" and not _only_asks(arguments):
             arguments = _settings_first(same_words(arguments, go_on))
@@ -152,19 +152,8 @@ def open_door(verb: str, program: Program, arguments: list[str]) -> None:
     def task(config: DictConfig) -> Any:
         sys.argv = [*program_and_verb, *arguments]  # what Lightning starts further ranks with
         try:
-            return program(config)
-        except ValueError as error:
-            if os.environ.get("HYDRA_FULL_ERROR"):
-                raise
-            fail(verb, error)
-        except Exception as error:
-            if is_disk_full(error) and not os.environ.get("HYDRA_FULL_ERROR"):
-                fail(verb, _on_full_disk(error, Path(HydraConfig.get().runtime.output_dir)), code=1)
-            if isinstance(error, PermissionError) and not os.environ.get("HYDRA_FULL_ERROR"):
-                fail(verb, f"{error.filename}: cannot be written, or read ({error.strerror})")
-            if type(error).__name__ != "MisconfigurationException" or os.environ.get("HYDRA_FULL_ERROR"):
-                raise
-            fail(verb, error)
+            with one_line(verb, Path(HydraConfig.get().runtime.output_dir)):
+                return program(config)
         finally:
             _leave_nothing(Path(HydraConfig.get().runtime.output_dir))
 
@@ -177,6 +166,25 @@ def open_door(verb: str, program: Program, arguments: list[str]) -> None:
         hydra.main(config_path=str(conf_folder()), config_name=verb, version_base="1.3")(task)()
     except (HydraException, OmegaConfBaseException) as error:  # --help with a mistake in what stands beside it
         fail(verb, _explain(verb, [], str(error)))
+
+
+@contextlib.contextmanager
+def one_line(verb: str, folder: Path) -> Iterator[None]:
+    """What the user can mend ends the program `verb`, which writes to `folder`, with a line; all else is raised."""
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get("HYDRA_FULL_ERROR"):
+            raise
+        if isinstance(error, ValueError):
+            fail(verb, error)
+        if is_disk_full(error):
+            fail(verb, _on_full_disk(error, folder), code=1)
+        if isinstance(error, PermissionError):
+            fail(verb, f"{error.filename}: cannot be written, or read ({error.strerror})")
+        if type(error).__name__ != "MisconfigurationException":
+            raise
+        fail(verb, error)
 
 
 def typed() -> list[str]:
@@ -220,13 +228,19 @@ def _nearest_key(wrong: str, keys: list[str]) -> str:
     return f"; did you mean {best[0]}?" if best else ""
 
 
-def _own_conf(arguments: list[str]) -> list[str]:
+def own_conf(arguments: list[str]) -> list[str]:
     own = Path.cwd() / "conf"
     if not own.is_dir() or own.resolve() == conf_folder().resolve():
         return []
     if any("hydra.searchpath" in argument for argument in arguments):
         return []
     return [f"hydra.searchpath=[{quoted(f'file://{own}')}]"]
+
+
+def searched(sources: Iterable[Any]) -> list[str]:
+    """The word by which another process finds the configs that this one found, of `hydra.runtime.config_sources`."""
+    own = [str(source.path) for source in sources if source.provider not in ("hydra", "main", "schema")]
+    return [f"hydra.searchpath=[{','.join(map(quoted, own))}]"] if own else []
 
 
 def quoted(path: str | Path) -> str:

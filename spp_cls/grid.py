@@ -9,13 +9,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
+
+from .door import one_line, searched
+
+if TYPE_CHECKING:
+    from .jobs import Job
 
 
 class LedgerLauncher(Launcher):
@@ -31,20 +36,17 @@ class LedgerLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Returns `optimized_metric` of each, for sweepers; exit code 1 where one failed, after all have been tried."""
         from . import jobs as ledger
-        from .build import composed, job_of
 
-        setup_globals()
         assert self.config is not None
+        setup_globals()
         sweep = Path(str(self.config.hydra.sweep.dir))
-        jobs = []
-        common = set.intersection(*map(set, job_overrides)) if len(job_overrides) > 1 else set()
-        for number, overrides in enumerate(job_overrides, start=initial_job_idx):
-            words = list(filter_overrides(overrides))
-            own = " ".join(word for word in words if word not in common)
-            jobs.append(job_of(composed(words), words, sweep / str(number), f"#{number} {own}"))
-        trainer = self.config.trainer
-        places = ledger.places(self.at_once, trainer.devices, trainer.accelerator)
-        outcomes = ledger.run_jobs(jobs, places, {}, ledger.Progress(len(jobs)))
+        with one_line("train", sweep):
+            jobs, places = self._jobs(job_overrides, initial_job_idx, sweep)
+            try:
+                outcomes = ledger.run_jobs(jobs, places, {}, ledger.Progress(len(jobs)))
+            except ledger.Interrupted as stopped:
+                print(ledger.STOPPED, file=sys.stderr)
+                raise SystemExit(128 + stopped.number) from None
         failed = sum(outcome.row is None for outcome in outcomes)
         if failed:
             print(f"{failed} of {len(jobs)} runs failed; the same command goes on with them", file=sys.stderr)
@@ -56,6 +58,31 @@ class LedgerLauncher(Launcher):
             done.return_value = ledger.metric_of(outcome, metric) if metric else None
             returned.append(done)
         return returned
+
+    def _jobs(
+        self, job_overrides: Sequence[Sequence[str]], first: int, sweep: Path
+    ) -> tuple[list[Job], list[dict[str, str]]]:
+        """The jobs, and a place for each of those that run at once."""
+        from .build import composed, job_of
+        from .jobs import places
+
+        assert self.config is not None
+        search = searched(self.config.hydra.runtime.config_sources)
+        common = set.intersection(*map(set, job_overrides)) if len(job_overrides) > 1 else set()
+        jobs, trainers = [], []
+        for number, overrides in enumerate(job_overrides, start=first):
+            words = list(filter_overrides(overrides))
+            name = " ".join([f"#{number}", *(word for word in words if word not in common and len(job_overrides) > 1)])
+            config = composed([*words, *search])
+            if config.ckpt_path:
+                raise ValueError(
+                    f"ckpt_path={config.ckpt_path} with -m: the runs of a grid go on by themselves; "
+                    "weights alone are taken by model.init_from"
+                )
+            jobs.append(job_of(config, [*words, *search], sweep / str(number), name))
+            trainers.append(config.trainer)
+        most = max(trainers, key=lambda trainer: int(trainer.devices) if str(trainer.devices).isdecimal() else 1)
+        return jobs, places(self.at_once, most.devices, most.accelerator)
 
 
 def register() -> None:

@@ -16,31 +16,37 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .results import Row, read_results, read_rows, row_of, together
-from .run import CHECKPOINTS, KEY, RESULTS
+from .results import SCORES, Row, read_results, read_rows, row_of, scores_path, together
+from .run import CHECKPOINTS, KEY, RESULTS, is_in_training, read_key
 
 OUTPUT = "output.txt"  # of a run folder: what its processes printed
 RUNS = (Path("runs"), Path("multiruns"))
 LOCKS = Path("runs", ".jobs")
 COMMAND = (sys.executable, "-m", "spp_cls", "train")
+STOPPED = "stopped: its runs have saved, as far as they had something to save; the same command goes on"
 _LOOK = 0.2  # seconds between two looks at the processes
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run to be: its words for `spp train`, its key, where it would lie, and the tests that it must have."""
+    """A run to be: its words for `spp train`, its key, where it would lie, and the tests that it must have.
+
+    With `scores` its folder, if it lies here, must have the class probabilities of these tests.
+    """
 
     settings: tuple[str, ...]
     key: str
     folder: Path
     tests: tuple[str, ...] = ()
     name: str = ""
+    scores: bool = False
 
 
 @dataclass
@@ -52,6 +58,7 @@ class Outcome:
     folder: Path | None = None
     reason: str = ""
     was_done: bool = False
+    waits: bool = False  # for another process
 
 
 @dataclass
@@ -60,7 +67,7 @@ class _Running:
     process: subprocess.Popen[bytes]
     lock: FileLock
     slot: int
-    began: float = field(default_factory=time.monotonic)
+    signals: int = 0  # that it was sent
 
 
 # What is there
@@ -72,10 +79,10 @@ def folders_by_key(places: Iterable[Path] = RUNS) -> dict[str, Path]:
     for place in places:
         for path in place.glob(f"**/{KEY}"):
             folder = path.parent
-            finished, saved = (folder / RESULTS).is_file(), (folder / CHECKPOINTS / "last.ckpt").is_file()
-            rank = (0 if finished else 1 if saved else 2, str(folder), folder)
-            key = path.read_text().strip()
+            rank = (0 if (folder / RESULTS).is_file() else 1 if _has_saved(folder) else 2, str(folder), folder)
+            key = read_key(folder)
             found[key] = min(rank, found.get(key, rank))
+    found.pop("", None)  # of runs that went on otherwise than they began
     return {key: folder for key, (_, _, folder) in found.items()}
 
 
@@ -93,6 +100,15 @@ def lacks(job: Job, row: Row | None) -> list[str]:
     """The tests of `job` that `row` has not."""
     has = {test["test"] for test in row["tests"]} if row else set()
     return [test for test in job.tests if test not in has]
+
+
+def is_done(job: Job, row: Row | None, folder: Path | None) -> bool:
+    """Whether nothing is left to do of `job`, whose row is `row` and whose run lies in `folder`, if here."""
+    if row is None or lacks(job, row):
+        return False
+    if not job.scores or folder is None:
+        return True
+    return all(scores_path(folder / SCORES, test).is_file() for test in job.tests)
 
 
 # Running
@@ -133,50 +149,69 @@ def run_jobs(
     """Do what is not done yet of `jobs`, in their order, as many at once as there are `places`; an outcome for each.
 
     `rows` are those known before. `told(outcome, left)` hears of each job as it ends. A job that fails is an outcome
-    with its reason, and the others go on. One that another process is doing is waited for. SIGTERM and Ctrl-C are
-    passed on, so that each run saves; then `Interrupted` is raised.
+    with its reason, and the others go on; of jobs of one key the first is run. One that another process is doing is
+    waited for. SIGTERM and Ctrl-C are passed on, so that each run saves, a second one kills; then `Interrupted` is
+    raised.
     """
     outcomes = [Outcome(job) for job in jobs]
     waiting = list(outcomes)
     running: list[_Running] = []
     free = list(range(len(places)))
     asked: list[int] = []
-
-    def ask(number: int, frame: Any) -> None:
-        asked.append(number)
-        for each in running:
-            _send(each.process, signal.SIGKILL if len(asked) > 1 else signal.SIGTERM)
+    failed: dict[str, str] = {}
+    folders = folders_by_key() if any(job.scores for job in jobs) else {}
 
     def end(outcome: Outcome) -> None:
+        if outcome.row is None:
+            failed[outcome.job.key] = outcome.reason
         told(outcome, len(waiting) + len(running))
 
-    with _signals(ask):
-        while waiting or running:
-            for each in [each for each in running if each.process.poll() is not None]:
-                running.remove(each)
-                free.append(each.slot)
-                each.lock.release()
-                _conclude(each)
-                end(each.outcome)
-            if asked and not running:
-                raise Interrupted(asked[0])
-            for outcome in [] if asked else list(waiting):
-                row = rows.get(outcome.job.key)
-                if row is not None and not lacks(outcome.job, row):
-                    waiting.remove(outcome)
-                    outcome.row, outcome.was_done = row, True
-                    end(outcome)
-                elif free:
-                    started = _start(outcome, free[0], places[free[0]])
-                    if started is not None:
-                        waiting.remove(outcome)
-                        running.append(started)
-                        free.pop(0)
-                    elif outcome.row is not None:  # another has done it meanwhile
+    with _signals(lambda number, frame: asked.append(number)):
+        try:
+            while waiting or running:
+                for each in [each for each in running if each.process.poll() is not None]:
+                    running.remove(each)
+                    free.append(each.slot)
+                    _conclude(each)
+                    each.lock.release()
+                    if each.outcome.row is not None or not asked:  # else it was stopped, and goes on the next time
+                        end(each.outcome)
+                if asked and not running:
+                    raise Interrupted(asked[0])
+                for each in running:
+                    _pass_on(each, len(asked))
+                for outcome in list(waiting):
+                    if asked:
+                        break
+                    job = outcome.job
+                    if is_done(job, rows.get(job.key), folders.get(job.key)):
+                        outcome.row, outcome.was_done = rows[job.key], True
+                    elif job.key in failed:
+                        outcome.reason = failed[job.key]
+                    elif free:
+                        started = _start(outcome, free[0], places[free[0]])
+                        if started is not None:
+                            waiting.remove(outcome)
+                            running.append(started)
+                            free.pop(0)
+                    if outcome.row is not None or outcome.reason:
                         waiting.remove(outcome)
                         end(outcome)
-            time.sleep(_LOOK)
+                time.sleep(_LOOK)
+        except BaseException:
+            while alive := [each for each in running if each.process.poll() is None]:
+                for each in alive:
+                    _pass_on(each, max(1, len(asked)))
+                time.sleep(_LOOK)
+            raise
     return outcomes
+
+
+def _pass_on(running: _Running, signals: int) -> None:
+    """Of so many signals send a run those that it has not heard of: one asks it to save and end, one more kills it."""
+    if running.signals < signals:
+        running.signals = signals
+        _send(running.process, signal.SIGTERM if signals == 1 else signal.SIGKILL)
 
 
 class Interrupted(Exception):
@@ -188,40 +223,81 @@ class Interrupted(Exception):
 
 
 def _start(outcome: Outcome, slot: int, place: dict[str, str]) -> _Running | None:
-    """A process that does the job; None where another does it, or has (then `outcome.row` is set)."""
+    """A process that does the job; None where another does it, or has (then `outcome.row` is set), or none can."""
     job = outcome.job
     LOCKS.mkdir(parents=True, exist_ok=True)
     lock = FileLock(LOCKS / f"{job.key}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        _say_it_waits(outcome)
         return None
-    folder = folders_by_key().get(job.key, job.folder)
-    row = row_of(folder)
-    if row is not None and not lacks(job, row):
+    try:
+        process = _begin(outcome, place)
+    except BaseException:
         lock.release()
-        outcome.row, outcome.folder, outcome.was_done = row, folder, True
+        raise
+    if process is None:
+        lock.release()
         return None
-    outcome.folder = folder
-    if (folder / CHECKPOINTS / "last.ckpt").is_file():
+    return _Running(outcome, process, lock, slot)
+
+
+def _begin(outcome: Outcome, place: dict[str, str]) -> subprocess.Popen[bytes] | None:
+    job = outcome.job
+    folder = outcome.folder = _folder_of(job)
+    if is_in_training(folder):
+        _say_it_waits(outcome)
+        return None
+    row = row_of(folder)
+    if is_done(job, row, folder):
+        outcome.row, outcome.was_done = row, True
+        return None
+    if _has_saved(folder):
         # What a test needs may be more than what the run was started for.
         more = [word for word in job.settings if word.startswith(("tests=", "views=", "keep_scores="))]
         words = [f"ckpt_path={_quoted(folder)}", *more]
+    elif (folder / RESULTS).is_file():
+        outcome.reason = (
+            f"{folder} has ended without the tests {', '.join(lacks(job, row) or job.tests)}, and has no "
+            "checkpoints/last.ckpt to test; put that back, or move the folder away to train again"
+        )
+        return None
     else:
-        shutil.rmtree(folder, ignore_errors=True)  # what a run left that had not saved yet
+        if read_key(folder) == job.key:
+            shutil.rmtree(folder)  # what a run left that had not saved yet
         words = [*job.settings, f"hydra.run.dir={_quoted(folder)}"]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / OUTPUT).open("ab") as output:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [*COMMAND, *words],
             env={**os.environ, **place},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is passed on once, by the ledger
-            preexec_fn=_die_with_the_ledger if sys.platform == "linux" else None,
+            preexec_fn=partial(_die_with, os.getpid()) if sys.platform == "linux" else None,
         )
-    return _Running(outcome, process, lock, slot)
+
+
+def _folder_of(job: Job) -> Path:
+    """Where the run of `job` lies; else where it is to lie, which is in no folder of another run."""
+    there = folders_by_key().get(job.key)
+    if there is not None and ((there / RESULTS).is_file() or _has_saved(there) or is_in_training(there)):
+        return there
+    own = job.folder
+    is_of_another = (own / "config.yaml").is_file() and read_key(own) != job.key
+    return own.with_name(f"{own.name}_{job.key}") if is_of_another else own
+
+
+def _has_saved(folder: Path) -> bool:
+    return (folder / CHECKPOINTS / "last.ckpt").is_file()
+
+
+def _say_it_waits(outcome: Outcome) -> None:
+    if not outcome.waits:
+        outcome.waits = True
+        print(f"{outcome.job.name or outcome.job.key}: another process is doing it; waiting", file=sys.stderr)
 
 
 def _quoted(folder: Path) -> str:
@@ -233,10 +309,12 @@ def _quoted(folder: Path) -> str:
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def _die_with_the_ledger() -> None:
+def _die_with(ledger: int) -> None:
     """In a run: a ledger that is killed takes its runs along, after they have saved."""
     assert _LIBC is not None
     _LIBC.prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+    if os.getppid() != ledger:  # it was killed just before
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _conclude(done: _Running) -> None:
@@ -248,6 +326,8 @@ def _conclude(done: _Running) -> None:
         outcome.reason = f"{folder} has become another run than the one that was asked for"
     elif row is not None and lacks(outcome.job, row):
         outcome.reason = f"{folder}: the tests {', '.join(lacks(outcome.job, row))} were not made"
+    elif row is not None and not is_done(outcome.job, row, folder):
+        outcome.reason = f"{folder}: the scores of its tests were not kept"
     elif row is None:
         outcome.reason = _why(folder, done.process.returncode)
     else:

@@ -149,11 +149,13 @@ def read_rows(paths: Iterable[Path]) -> dict[str, Row]:
     return found
 
 
-_ROW: dict[str, type | tuple[type, ...]] = {
-    **{"key": str, "settings": list, "seed": int, "tests": list, "curve": list, "versions": dict},
+_ROW: dict[str, tuple[type, ...]] = {
+    **{"key": (str,), "settings": (list,), "seed": (int,), "tests": (list,), "curve": (list,), "versions": (dict,)},
     **{"train_seconds": (int, float), "images_per_s": (int, float, type(None)), "device": (str, type(None))},
 }
-_TEST = {"test": str, "images": int, "top1_error": (int, float), "top5_error": (int, float), "wrong": str}
+_TEST: dict[str, tuple[type, ...]] = {
+    **{"test": (str,), "images": (int,), "wrong": (str,), "top1_error": (int, float), "top5_error": (int, float)},
+}
 
 
 def is_row(row: Row) -> bool:
@@ -170,7 +172,7 @@ def _is_test(test: Any) -> bool:
     if not isinstance(test, dict) or not all(isinstance(test.get(key), kind) for key, kind in _TEST.items()):
         return False
     try:
-        return len(wrong(test)) == test["images"] > 0
+        return len(wrong(test)) == int(test["images"]) > 0
     except ValueError:  # no base64
         return False
 
@@ -192,7 +194,9 @@ def add_row(path: Path, row: Row) -> None:
             return
         if text and not text.endswith("\n"):
             whole = _parsed(lines[-1]) is not None
-            write_whole(path, "".join(f"{each}\n" for each in (lines if whole else lines[:-1])))  # less what a kill tore
+            write_whole(
+                path, "".join(f"{each}\n" for each in (lines if whole else lines[:-1]))
+            )  # less what a kill tore
         with path.open("a", encoding="utf-8") as file:
             file.write(f"{line}\n")
 

@@ -82,9 +82,7 @@ def test(
     return rows
 
 
-def check(
-    net: nn.Module, datamodule: MultiSizeDataModule, trainer: Trainer, tests: Sequence[Test] = ()
-) -> None:
+def check(net: nn.Module, datamodule: MultiSizeDataModule, trainer: Trainer, tests: Sequence[Test] = ()) -> None:
     """Refuse, before anything is written, a batch that does not divide and sizes that region or net do not take."""
     from .cost import cost
 
@@ -146,7 +144,8 @@ def run(config: DictConfig) -> float | None:
         if "init_from" in config.model:
             config.model.init_from = None  # the checkpoint has the weights
     classifier = build.build_classifier(config, identity, build.class_weights(config, datamodule))
-    check(classifier.net, datamodule, trainer, tests if config.test else ())
+    first = build.Test(datamodule.sized(datamodule.views))
+    check(classifier.net, datamodule, trainer, (first, *tests) if config.test else ())
     _ = datamodule.pictures  # a cache that is wanted is made here, before other ranks are started
     key = build.key_of(asked, datamodule)
     before = read_results(folder) if saved else {}
@@ -154,7 +153,7 @@ def run(config: DictConfig) -> float | None:
     there = [one["test"] for one in stay]
     if config.keep_scores:
         there = [name for name in there if scores_path(folder / SCORES, name).is_file()]
-    made = {build.Test(datamodule.views).name, *there}
+    made = {first.name, *there}
     tests = list({test.name: test for test in tests if test.name not in made}.values())
 
     if not trainer.is_global_zero:
