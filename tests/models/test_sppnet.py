@@ -228,3 +228,12 @@ def test_windows_are_pooled_from_the_cells_that_look_at_them() -> None:
 def test_nets_that_have_no_windows() -> None:
     with pytest.raises(ValueError, match="pool='average'.*are pooled by the maxima of Appendix A's bins"):
         sppnet("tiny", 5, pool="average").forward_windows(torch.zeros(1, 3, 64, 64), torch.zeros(0, 5).long())
+
+
+def test_nets_of_one_seed_start_alike_wherever_shapes_allow() -> None:
+    without, with_spp = (sppnet("zf5", 5, levels=levels, width=0.05, seed=3) for levels in ([6], [6, 3, 2, 1]))
+    a, b = without.state_dict(), with_spp.state_dict()
+    assert [name for name in a if a[name].shape != b[name].shape] == ["head.fc6.weight"]
+    assert all(torch.equal(a[name], b[name]) for name in a if name != "head.fc6.weight")
+    other = sppnet("zf5", 5, levels=[6], width=0.05, seed=4).state_dict()
+    assert not any(torch.equal(a[name], other[name]) for name in a if name.endswith("weight"))
