@@ -18,6 +18,8 @@ VERBS = {
     "plan": "print what a training run would do and cost, and what would limit it here",
     "check": "read every file of a data set, and say what is in it and what is wrong with it",
     "table": "a table of the paper: run what it needs, write it with its intervals",
+    "runs": "list runs: state, errors, cost, and in which settings they differ",
+    "report": "one HTML page of a run, or of many: curves, errors, mistakes, what mattered",
     "log": "write the dashboard of runs anew from their histories: TensorBoard, Weights & Biases, CSV",
     "cache": "keep training pictures decoded and resized, so that no epoch does it again",
 }

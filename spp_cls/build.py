@@ -22,12 +22,12 @@ from lightning import Callback, Trainer, seed_everything
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
-from .callbacks import MemoryProbe, PlannedSize, Progress, Timing, Watch
+from .callbacks import FirstBatch, MemoryProbe, PlannedSize, Progress, SameRun, Timing, Watch
 from .classifier import Classifier
-from .dashboards import wandb_id
+from .dashboards import OPTIONS, Options, media, wandb_id
 from .data import MultiSizeDataModule, Views
 from .data.mean_image import digest as mean_digest
 from .differences import CHANGES, REFUSED, Difference, differences, machine, run_key
@@ -291,7 +291,7 @@ def build_trainer(config: DictConfig, folder: Path | None) -> Trainer:
     if folder is not None:
         chosen = [instantiate(c, f"callbacks.{name}") for name, c in (config.get("callbacks") or {}).items() if c]
         timing = Timing(folder)
-        callbacks = [PlannedSize(), MemoryProbe(), Watch(folder), timing, History(folder)]
+        callbacks = [SameRun(folder), PlannedSize(), MemoryProbe(), Watch(folder), timing, History(folder)]
         if config.trainer.get("enable_progress_bar") is not False:
             callbacks.append(Progress(timing))
         callbacks += [c for c in chosen if not isinstance(c, Checkpoint)]
@@ -299,6 +299,8 @@ def build_trainer(config: DictConfig, folder: Path | None) -> Trainer:
             callbacks += [c for c in chosen if isinstance(c, Checkpoint)]
             callbacks.append(ResumePoint(folder / CHECKPOINTS, **config.get("checkpoint", {})))
         loggers = [build_logger(c, name, folder) for name, c in (config.get("logger") or {}).items() if c]
+        if media(loggers):
+            callbacks.append(FirstBatch(folder))
     elif sys.stderr.isatty():
         callbacks = [TQDMProgressBar(leave=False)]
     arguments: dict[str, Any] = {
@@ -363,14 +365,36 @@ def _check_devices(config: DictConfig) -> None:
 
 
 def build_logger(config: DictConfig, name: str, folder: Path) -> Logger:
-    """A logger; W&B goes on with the run of `folder`, and goes offline where there is no key, instead of failing."""
-    if "wandb" in str(config.get("_target_", "")).lower():
+    """A logger, and its options (see `dashboards.Options`), which it carries about.
+
+    W&B goes on with the run of `folder`, and goes offline where there is no key, instead of failing.
+    """
+    kind = str(config.get("_target_", "")).rpartition(".")[2]
+    config = config.copy()
+    with open_dict(config):
+        own = {key: config.pop(key) for key in OPTIONS.get(kind, ()) if key in config}
+    try:
+        options = Options(**own)
+    except ValueError as error:
+        raise ValueError(f"logger.{name}.{error}") from None
+    if kind == "WandbLogger":
         os.environ.setdefault("WANDB_QUIET", "true")  # no summary: the program prints its own
-        own = {"id": wandb_id(folder, config.get("id"))} if place().rank == 0 else {}  # the others log nothing
+        place_ = {"id": wandb_id(folder, config.get("id"))} if place().rank == 0 else {}  # the others log nothing
         offline = {} if _has_wandb_key() else {"offline": True}
-        config = OmegaConf.merge(config, own, offline)  # type: ignore[assignment]
+        config = OmegaConf.merge(config, place_, offline, _wandb_folder(config, folder))  # type: ignore[assignment]
     logger: Logger = instantiate(config, f"logger.{name}")
+    if kind in OPTIONS:
+        logger.options = options  # type: ignore[attr-defined]
     return logger
+
+
+def _wandb_folder(config: DictConfig, folder: Path) -> dict[str, str]:
+    """WANDB_DIR where nothing else was asked for; not in the config, for a run goes on in another environment, too."""
+    elsewhere, chosen = os.environ.get("WANDB_DIR"), config.get("save_dir")
+    if not elsewhere or (chosen and Path(chosen).absolute() != folder.absolute()):
+        return {}
+    Path(elsewhere).mkdir(parents=True, exist_ok=True)
+    return {"save_dir": elsewhere}
 
 
 def _has_wandb_key() -> bool:

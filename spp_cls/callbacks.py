@@ -20,8 +20,22 @@ from torch import distributed
 from tqdm import tqdm
 
 from .cost import available_memory, cost, in_px, too_large
-from .ranks import end
+from .differences import of_all_ranks
+from .media import keep_first_batch
+from .ranks import end, refuse_different
 from .run import how_to_go_on, note_event
+
+
+class SameRun(Callback):
+    """Ends all ranks before the first step where they would not train the same: see `differences.of_all_ranks`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder  # of the run
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        identity = getattr(pl_module, "identity", None)
+        if stage == "fit" and identity:
+            refuse_different(of_all_ranks(identity, self.folder))
 
 
 class PlannedSize(Callback):
@@ -33,6 +47,18 @@ class PlannedSize(Callback):
         planned = datamodule.shape_at(epoch, batch_idx // trainer.accumulate_grad_batches)
         shape = tuple(batch[0].shape[-2:])
         assert shape == planned, f"epoch {epoch}, batch {batch_idx}: {shape} px arrived, {planned} were planned"
+
+
+class FirstBatch(Callback):
+    """Keeps, for dashboards, the pictures of a run's first batch as they arrived at the net."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder  # of the run
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.is_global_zero and trainer.global_step == 0 and batch_idx == 0 and trainer.current_epoch == 0:
+            datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+            keep_first_batch(self.folder, batch[0], datamodule.mean, datamodule.std)
 
 
 class MemoryProbe(Callback):

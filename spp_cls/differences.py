@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ KINDS = {
 
 
 OF_THE_COMMAND = ("ckpt_path", "resume", "trust")  # by nature others when a run goes on
+# Harmless to a run that goes on, but ranks that differed in it would wait for each other.
+TOGETHER = ("test", "tests", "views", "trainer.limit_test_batches", "trainer.num_sanity_val_steps")
 DECIDE = ("model.init_from", "model.weights")  # a result, but no longer a run that goes on: its checkpoint has them
 
 
@@ -113,6 +116,19 @@ def run_key(config: dict[str, Any], index: str, pixels: str) -> str:
     flat = {key: value for key, value in _flat(config) if value is not None and key not in OF_THE_COMMAND}
     decide = {key: value for key, value in flat.items() if decides(key)}
     return digest(json.dumps([sorted(decide.items()), index, pixels], default=str))
+
+
+def of_all_ranks(identity: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Of an identity what all ranks of a run must have in common; `folder` is the run's, which may lie elsewhere."""
+    flat = {key: value for key, value in _flat(identity.get("config", {})) if value is not None}
+    settings = {key: value for key, value in flat.items() if _is_of_all(key) and key not in OF_THE_COMMAND}
+    home = str(folder.absolute())
+    settings = {k: v.replace(home, "", 1) if isinstance(v, str) else v for k, v in settings.items()}
+    return {**settings, **{key: identity.get(key) for key in ("index", "pixels", "mean_image")}}
+
+
+def _is_of_all(key: str) -> bool:
+    return decides(key) or any(key == each or key.startswith(f"{each}.") for each in TOGETHER)
 
 
 def decides(key: str) -> bool:

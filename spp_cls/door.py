@@ -69,13 +69,16 @@ def register_resolvers() -> None:
 
     `${px:180,${data.region}}`: 180 px at a region of 224, in proportion else. `${choice:model}`: which file of the
     group was chosen. `${run_id:}`: eight hex digits, the same throughout a command. `${choices:train}` and
-    `${settings:train}`: what --help says, and `${choices_of:table}` of a group alone.
+    `${settings:train}`: what --help says, and `${choices_of:table}` of a group alone. `${wandb:NAME,a}`: WANDB_NAME,
+    else a. `${readable:${name},${seed}}`: what a run is called on a dashboard.
     """
     OmegaConf.register_new_resolver("choices", help_on_choices, replace=True)
     OmegaConf.register_new_resolver("choices_of", _help_on_group, replace=True)
     OmegaConf.register_new_resolver("settings", help_on_settings, replace=True)
     OmegaConf.register_new_resolver("px", lambda size, region: round(size * region / 224), replace=True)
     OmegaConf.register_new_resolver("choice", _choice, replace=True)
+    OmegaConf.register_new_resolver("wandb", _of_wandb, replace=True)
+    OmegaConf.register_new_resolver("readable", _readable, replace=True)
     OmegaConf.register_new_resolver("run_id", lambda: uuid.uuid4().hex[:8], use_cache=True, replace=True)
 
 
@@ -85,6 +88,22 @@ _choices_of_command: dict[str, str] = {}  # Hydra names the folder of a grid bef
 def _choice(group: str) -> str:
     choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else _choices_of_command
     return str(choices.get(group, group))
+
+
+def _of_wandb(name: str, default: Any = None) -> Any:
+    """What the environment says of W&B, else `default`; tags are a list, and those of the config come first."""
+    value = os.environ.get(f"WANDB_{name}")
+    if name == "TAGS":
+        return default or [tag.strip() for tag in (value or "").split(",") if tag.strip()]
+    return value or default
+
+
+def _readable(name: str, seed: Any) -> str:
+    """experiment-model-seed; without an experiment, or where a name was typed, that in its place."""
+    experiment, model = _choice("experiment"), _choice("model")
+    if experiment not in ("experiment", "None", "null") and name == f"{_choice('data')}-{model}":
+        name = f"{experiment}-{model}"
+    return f"{name}-{seed}"
 
 
 def conf_folder() -> Path:
@@ -239,7 +258,7 @@ def own_conf(arguments: list[str]) -> list[str]:
 
 def searched(sources: Iterable[Any]) -> list[str]:
     """The word by which another process finds the configs that this one found, of `hydra.runtime.config_sources`."""
-    own = [str(source.path) for source in sources if source.provider not in ("hydra", "main", "schema")]
+    own = [f"{each.schema}://{each.path}" for each in sources if each.provider not in ("hydra", "main", "schema")]
     return [f"hydra.searchpath=[{','.join(map(quoted, own))}]"] if own else []
 
 

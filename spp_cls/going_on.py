@@ -110,6 +110,14 @@ def settings_in(words: Iterable[str]) -> list[str]:
     return [word for word in words if _WORD.fullmatch(word)]
 
 
+def chosen(words: Iterable[str]) -> dict[str, str]:
+    """Of the words of a command line what decides a result, key → value."""
+    from .differences import decides
+
+    pairs = ((key_of(word), word.partition("=")[2].strip("\"'")) for word in words if not word.startswith("~"))
+    return {key: value for key, value in pairs if decides(key)}
+
+
 # Defaults that have changed since
 
 

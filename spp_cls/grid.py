@@ -74,11 +74,12 @@ class LedgerLauncher(Launcher):
             words = list(filter_overrides(overrides))
             name = " ".join([f"#{number}", *(word for word in words if word not in common and len(job_overrides) > 1)])
             config = composed([*words, *search])
-            if config.ckpt_path:
-                raise ValueError(
-                    f"ckpt_path={config.ckpt_path} with -m: the runs of a grid go on by themselves; "
-                    "weights alone are taken by model.init_from"
-                )
+            for key in ("ckpt_path", "resume"):
+                if config[key]:
+                    raise ValueError(
+                        f"{key}={config[key]} with -m: the runs of a grid go on by themselves; weights alone are taken "
+                        "by model.init_from"
+                    )
             jobs.append(job_of(config, [*words, *search], sweep / str(number), name))
             trainers.append(config.trainer)
         most = max(trainers, key=lambda trainer: int(trainer.devices) if str(trainer.devices).isdecimal() else 1)

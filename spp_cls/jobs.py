@@ -338,7 +338,8 @@ def _why(folder: Path, code: int) -> str:
     """The last thing that a process said, and how it ended."""
     output = folder / OUTPUT
     lines = output.read_text(errors="replace").splitlines() if output.is_file() else []
-    said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    lines = [line.strip() for line in lines if line.strip() and "HYDRA_FULL_ERROR" not in line]  # an advice of Hydra's
+    said = lines[-1] if lines else "it said nothing"
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return f"{said} ({how}; {output})"
 

@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
+from yaml import YAMLError
 
 from .door import key_of, names_apart, open_door, quoted
 
-KEPT = ("project", "entity", "group")
+KEPT = ("project", "entity", "group", "job_type", "name", "tags", "notes")
 
 
 def run(config: DictConfig) -> None:
     """Everything that `spp log` does with a config."""
     from . import build, dashboards
+    from .going_on import chosen, settings_of
+    from .results import read_results
     from .resume import read_history
     from .run import run_folder
 
@@ -31,16 +34,20 @@ def run(config: DictConfig) -> None:
     for folder in folders:
         rows, whole = read_history(folder), run_config(folder, config)
         about: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))  # as it stands: it is resolved
-        with read_write(hydra):  # the loggers write where this says
+        with read_write(hydra), open_dict(hydra):  # the loggers write where this says
             hydra.runtime.output_dir = str(folder.absolute())
+            hydra.runtime.choices = choices(folder)  # by which a run is named
+        results = read_results(folder)
+        errors = dashboards.errors_of(results) if results.get("epochs") == rows[-1]["epoch"] + 1 else {}
+        ended, typed = bool(results), chosen(settings_of(folder) or [])
         for name, one in whole.logger.items():
             logger = build.build_logger(one, str(name), folder)
             try:
-                look = dashboards.rebuild(logger, rows, about)
+                look = dashboards.rebuild(logger, rows, about, folder, errors, typed, ended)
             finally:
                 dashboards.close([logger])
             print(f"{folder}: {len(rows):,} lines of its history to {name}; look: {look}")
-        if not (folder / "results.json").is_file():
+        if not ended:
             print(f"{folder}: has not ended; if it is in training now, do this again when it has", file=sys.stderr)
 
 
@@ -60,11 +67,22 @@ def run_config(folder: Path, config: DictConfig) -> DictConfig:
     said = {key_of(word) for word in HydraConfig.get().overrides.task}
     for name, one in own.logger.items():
         for key, value in (before.get(name) or {}).items():
-            if key in KEPT and isinstance(value, str) and f"logger.{name}.{key}" not in said:
+            plain = isinstance(value, str) or (isinstance(value, ListConfig) and all(isinstance(v, str) for v in value))
+            if key in KEPT and plain and not {key, f"logger.{name}.{key}"} & said:
                 one[key] = value
     for key in ("name", "tags"):
         own[key] = own.get(key) if config[key] is None else config[key]
     return own
+
+
+def choices(folder: Path) -> dict[str, str]:
+    """Which file of each config group the run of `folder` was composed of; nothing where that cannot be read."""
+    try:
+        found: Any = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "hydra.yaml"))
+        chosen = found["hydra"]["runtime"]["choices"]
+        return {str(group): str(choice) for group, choice in chosen.items() if "${" not in str(choice)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, YAMLError):
+        return {}
 
 
 def main(arguments: list[str] | None = None) -> None:

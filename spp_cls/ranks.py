@@ -6,16 +6,19 @@ on one or several. What depends on the moment (the run folder's name, which run 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+PATIENCE = 10.0  # seconds that the others give rank 0 to say why all of them end
 _kept: list[Any] = []  # the store of a rank 0 that serves it, which ends with it
 
 
@@ -131,6 +134,51 @@ def largest(number: int) -> int:
     tensor = torch.tensor(number)
     distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX, group=_hosts(distributed.group.WORLD))
     return int(tensor)
+
+
+def refuse_different(facts: dict[str, Any]) -> None:
+    """End every rank, with exit code 2, where `facts` are not the same on all; all call this at the same point.
+
+    Rank 0 raises ValueError, which names the keys that differ and the values of the ranks; the others end with it.
+    """
+    import torch
+    from torch import distributed
+
+    if not distributed.is_available() or not distributed.is_initialized():
+        return
+    said = {key: json.dumps(value, default=str) for key, value in facts.items()}
+    number = int(hashlib.sha256(json.dumps(sorted(said.items())).encode()).hexdigest()[:15], 16)
+    if largest(number) == -largest(-number):
+        return
+    hosts = _hosts(distributed.group.WORLD)
+    of_ranks: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(of_ranks, said, group=hosts)
+    if distributed.get_rank():
+        # Whoever started the ranks may end all of them when the first is gone: rank 0, when it has said why.
+        with contextlib.suppress(RuntimeError):
+            distributed.irecv(torch.zeros(1), src=0, group=hosts).wait(timedelta(seconds=PATIENCE))  # type: ignore
+        if place().started_by != "Lightning":  # which has no mind to, and whose ranks follow their parent
+            time.sleep(1)
+        os._exit(2)
+    _hosts.cache_clear()
+    distributed.destroy_process_group()  # so the others know; and Python may not end amid its threads
+    raise ValueError(
+        f"the ranks differ, so that none begins: {apart(of_ranks)}; start all of them with the same settings, "
+        "environment, code and pictures"
+    )
+
+
+def apart(of_ranks: Sequence[dict[str, str]]) -> str:
+    """The keys in which `of_ranks` (a dict of each rank) differ, with the values and whose they are."""
+    found = []
+    for key in sorted({key for each in of_ranks for key in each}):
+        whose: dict[str, list[str]] = {}
+        for rank, each in enumerate(of_ranks):
+            whose.setdefault(each.get(key, "null"), []).append(str(rank))
+        if len(whose) > 1:
+            values = (f"{json.loads(value)} (rank {' '.join(ranks)})" for value, ranks in whose.items())
+            found.append(f"{key}: {', '.join(values)}")
+    return "; ".join(found)
 
 
 @lru_cache(maxsize=1)

@@ -9,7 +9,9 @@ import math
 import os
 import re
 import warnings
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
+from hashlib import sha256
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -397,14 +399,25 @@ def html(page: Page) -> str:
         parts.append(f"<section><h2>Notes</h2>{_html_list(page.notes)}</section>")
     if page.config:
         parts.append(f"<details><summary>Config</summary><pre>{escape(page.config)}</pre></details>")
-    body = "\n".join(part for part in parts if part)
+    return document(page.title, "\n".join(part for part in parts if part))
+
+
+def document(title: str, body: str, style: str = "", script: str = "") -> str:
+    """The file round a page's `body`: no request can leave it, and no script runs in it but `script`.
+
+    With a script pictures are allowed besides, as data of the page itself.
+    """
+    allowed = "default-src 'none'; style-src 'unsafe-inline'"
+    if script:
+        allowed += f"; img-src data:; script-src 'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{allowed}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(page.title)}</title>\n<style>{_css()}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
-        "</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>{_css()}{style}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
+        + (f"<script>{script}</script>\n" if script else "")
+        + "</body>\n</html>\n"
     )
 
 

@@ -253,6 +253,8 @@ class History(Callback):
             with self.path.open("ab") as file:
                 file.truncate(min(self._offset, file.tell()))
             rows = read_history(self.path.parent) if trainer.loggers else []
+            about = getattr(pl_module, "identity", {})
+            dashboards.describe(trainer.loggers, about.get("config", {}), self.path.parent, pl_module)
             self._number, self._events = len(rows), dashboards.begin(trainer.loggers, rows, self._events)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -321,6 +323,8 @@ class History(Callback):
         for row, loss in zip(self._rows, losses.tolist(), strict=True):
             row["loss"] = loss
             if not math.isfinite(loss):
+                if trainer.is_global_zero:
+                    note_event(self.path.parent, "diverged", step=row["step"], loss=str(loss))
                 self._refuse(row)
         rows, self._rows, self._waiting = self._rows, [], []
         self._write(trainer, rows)

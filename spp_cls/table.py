@@ -3,55 +3,65 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from .door import key_of, names_apart, open_door
+from .door import conf_folder, fail, key_of, names_apart, open_door, searched
 
 if TYPE_CHECKING:
     from .jobs import Job
     from .results import Row
     from .tables import Spec
 
+# What of a command `spp table` reads itself, and what it sets of each run.
 OWN = ("table", "rows", "columns", "seeds", "most", "precision", "margin", "same_compute", "at_once", "run", "results")
-OWN_TOO = ("output", "hydra", "seed", "views", "tests", "test", "name", "ckpt_path", "resume")
+SETS = ("seed", "views", "test", "tests", "name", "ckpt_path", "resume")
 Jobs = dict[tuple[str, str], dict[int, "Job"]]  # (row, column) → seed → job
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A cell's runs: the job of a seed, the FLOPs of its training, and what its tests are called in result rows."""
+
+    job: Callable[[int], Job]
+    flops: float
+    names: Mapping[str, str]
 
 
 def run(config: DictConfig) -> None:
     """Everything that `spp table` does with a config."""
     from . import intervals, jobs, tables
 
-    for key, least in (("seeds", 1), ("most", 1)):
-        if config[key] is not None and (not isinstance(config[key], int) or config[key] < least):
-            raise ValueError(f"{key}={config[key]}: use a whole number of at least {least}")
-    if config.precision is not None and not 0 < config.precision < 100:
-        raise ValueError(f"precision={config.precision}: use percent points above 0, like 0.5, or null")
-    if (config.most is None) != (config.precision is None):
-        raise ValueError("precision and most go together: until known to ± precision, but with no more than most seeds")
-    if not 0 < config.margin < 100:
-        raise ValueError(f"margin={config.margin}: use percent points above 0, like 0.5")
+    _check(config)
     hydra: Any = HydraConfig.get()
     choice = str(hydra.runtime.choices.table)
     whole: Any = OmegaConf.to_container(config.table, resolve=True)
     spec = tables.chosen(tables.spec_of(choice, whole), config.rows, config.columns)
-    words = [word for word in hydra.overrides.task if not _is_own(word)]
-    cells, flops = _cells(spec, words, config)
+    if config.precision is not None and not spec.compare:
+        raise ValueError(
+            "precision: there are no two of these rows that the table compares; choose more, or precision=null"
+        )
+    places = jobs.places(config.at_once, config.trainer.devices, config.trainer.accelerator)
     results = Path(config.results)
     rows = jobs.known_rows([results])
-    places = jobs.places(config.at_once, config.trainer.devices, config.trainer.accelerator)
+    words = [word for word in hydra.overrides.task if key_of(word).partition("@")[0] not in (*OWN, "output")]
+    plans = _plans(spec, words, searched(hydra.runtime.config_sources), config.same_compute)
     output = Path(config.output or Path("tables", choice + ("_same_compute" if config.same_compute else "")))
 
     seeds = config.seeds
     while True:
-        wanted = {cell: {seed: by_seed(seed) for seed in range(seeds)} for cell, by_seed in cells.items()}
-        in_turn = [by_seed[seed] for seed in range(seeds) for by_seed in wanted.values()]  # each seed a whole table
-        _say(spec, in_turn, rows, flops, wanted)
+        wanted = {cell: {seed: plan.job(seed) for seed in range(seeds)} for cell, plan in plans.items()}
+        every = [by_seed[seed] for seed in range(seeds) for by_seed in wanted.values()]  # each seed a whole table
+        first = {(job.key, job.tests): job for job in reversed(every)}  # cells may share runs
+        in_turn = [job for job in every if first[job.key, job.tests] is job]
+        _say(spec, in_turn, rows, plans, wanted)
         failed = _do(in_turn, places, rows, results / f"{choice}.jsonl") if config.run else 0
         runs = {
             cell: {seed: rows[job.key] for seed, job in by_seed.items() if job.key in rows}
@@ -59,57 +69,124 @@ def run(config: DictConfig) -> None:
         }
         # Where the number of seeds follows from the widths, an interval has to be a little wider to cover 95 %.
         level = intervals.STOPPED_LEVEL if config.precision is not None else 0.95
-        found = _write(spec, runs, flops, config, words, output, level)
+        found = _write(spec, runs, plans, config, words, output, level)
         if failed:
-            print(f"{failed} runs failed; the same command goes on with them", file=sys.stderr)
+            print(f"{failed} of {len(in_turn)} runs failed; the same command goes on with them", file=sys.stderr)
             sys.exit(1)
-        known = tables.widths(found)
-        if not config.run or config.precision is None or not known:
+        if not config.run or config.precision is None:
             break
-        if not intervals.more_seeds(known, seeds, max(2, config.seeds), config.most, config.precision):
+        if not intervals.more_seeds(tables.widths(found), seeds, max(2, config.seeds), config.most, config.precision):
             break
         seeds += 1
-    print((output / "table.md").read_text())
+    print((output / "table.md").read_text(encoding="utf-8"))
     print(f"all of it: {output}/index.html")
 
 
-def _is_own(word: str) -> bool:
-    return key_of(word).partition(".")[0].partition("@")[0] in (*OWN, *OWN_TOO)
+def _check(config: DictConfig) -> None:
+    """Raise ValueError where a setting of the table's own is wrong."""
+    for key, least in (("seeds", 1), ("most", max(2, config.seeds if _is_number(config.seeds) else 2))):
+        value = config[key]
+        if (value is not None or key == "seeds") and (not _is_number(value) or value < least or value != int(value)):
+            raise ValueError(f"{key}={value}: use a whole number of at least {least}")
+    for key in ("precision", "margin"):
+        value = config[key]
+        if (value is not None or key == "margin") and not (_is_number(value) and 0 < value < 100):
+            raise ValueError(f"{key}={value}: use percent points above 0, like 0.5")
+    if (config.most is None) != (config.precision is None):
+        raise ValueError("precision and most go together: until known to ± precision, but with no more than most seeds")
+    for key, example in (("rows", "[b,c]"), ("columns", "[zf5]")):
+        if config[key] is not None and (not OmegaConf.is_list(config[key]) or not config[key]):
+            raise ValueError(f"{key}={config[key]}: takes a list, like {key}={example}, or null for all")
+    for key in ("results", "output"):
+        value = config[key]
+        if value is None and key == "output":
+            continue
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"{key}={value}: takes a folder, like {key}=mine")
+        there = next(path for path in (Path(value), *Path(value).parents, Path()) if path.exists())
+        if not there.is_dir():
+            raise ValueError(f"{key}={value}: {there} is a file; name a folder")
+        if config.run and not os.access(there, os.W_OK):
+            raise ValueError(f"{key}={value}: {there} cannot be written; name another folder")
 
 
-def _cells(spec: Spec, words: list[str], config: DictConfig) -> tuple[dict[tuple[str, str], Any], Any]:
-    """(row, column) → a function of the seed that gives the job; and the FLOPs of a run of each."""
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _plans(spec: Spec, words: list[str], search: list[str], same_compute: bool) -> dict[tuple[str, str], Plan]:
+    """(row, column) → what its runs are; `words` are typed, and `search` says where configs are found."""
     from . import build
-    from .tables import last_wins, needed
+    from .tables import last_wins, needed, parts_of
 
-    for word in words:
-        for part in (*spec.rows.values(), *spec.columns.values()):
-            if key_of(word) in map(key_of, part.settings):
-                raise ValueError(
-                    f"{word}: the table sets {key_of(word)} itself ({part.name}); choose by rows=[…] and columns=[…], "
-                    "or write a table of your own, conf/table/MINE.yaml"
-                )
-    cells: dict[tuple[str, str], Any] = {}
-    flops: dict[tuple[str, str], float] = {}
+    _refuse_what_the_table_sets(spec, words)
+    plans: dict[tuple[str, str], Plan] = {}
+    cells: dict[tuple[str, str], tuple[str, str]] = {}  # (key, tests) → the cell that they are of
     for cell, (settings, tests) in needed(spec).items():
-        every = list(last_wins([*words, *settings, f"tests=[{','.join(tests)}]", f"name={spec.name}"]))
-        composed = build.composed(every)
-        flops[cell] = training_flops(composed)
-        first = flops[next(iter(flops))]
-        if config.same_compute and flops[cell] < first:
-            epochs = _as_many(composed, first / flops[cell])
+        row, column = cell
+        every = list(last_wins([*settings, *words, f"tests=[{','.join(tests)}]", f"name={spec.name}"]))
+        composed = build.composed([*every, *search])
+        flops = training_flops(composed, tests)
+        first = next((plan.flops for (_, of), plan in plans.items() if of == column), flops)
+        if same_compute and flops < first:
+            epochs = _as_many(composed, first / flops)
             every = list(last_wins([*every, f"trainer.max_epochs={epochs}"]))
-            composed = build.composed(every)
-            flops[cell] = training_flops(composed)
+            composed = build.composed([*every, *search])
+            flops = training_flops(composed, tests)
 
         def job(seed: int, cell: Any = cell, every: list[str] = every, composed: DictConfig = composed) -> Job:
             own = composed.copy()
             own.seed = seed
             folder = Path("runs", spec.name, f"{cell[0]}_{cell[1]}_seed{seed}_{{key}}")
-            return build.job_of(own, (*every, f"seed={seed}"), folder, f"{cell[0]}, {cell[1]}, seed {seed}")
+            name = f"{cell[0]}, {cell[1]}, seed {seed}"
+            return build.job_of(own, (*every, f"seed={seed}", *search), folder, name)
 
-        cells[cell] = job
-    return cells, flops
+        names = {test: build.tests_of([test], composed.data.region)[0].name for test in tests}
+        plans[cell] = Plan(job, flops, names)
+        same = job(0).key, " - ".join(names[test] for test in parts_of(spec.test_of(row, column)))
+        if same in cells:
+            other = ", ".join(cells[same])
+            raise ValueError(
+                f"{row}, {column} is the same run as {other}, tested the same way: what is typed here takes the "
+                "place of what sets them apart"
+            )
+        cells[same] = cell
+    return plans
+
+
+def _refuse_what_the_table_sets(spec: Spec, words: list[str]) -> None:
+    typed = {key_of(word): word for word in words}
+    for key in SETS:
+        if key in typed:
+            instead = {"seed": "; the number of seeds is seeds=5"}.get(key, "")
+            raise ValueError(f"{typed[key]}: the table sets {key} of each run itself{instead}")
+    for part in (*spec.rows.values(), *spec.columns.values()):
+        for setting in part.settings:
+            for key, below in _set_by(setting):
+                word = next((typed[one] for one in typed if one == key or (below and one.startswith(f"{key}."))), None)
+                if word is not None:
+                    raise ValueError(
+                        f"{word}: the table sets {key} itself ({part.name}); choose by rows=[…] and columns=[…], "
+                        "or write a table of your own, conf/table/MINE.yaml"
+                    )
+
+
+def _set_by(word: str) -> list[tuple[str, bool]]:
+    """The keys that a word sets, with those of an experiment that it chooses; and whether what lies below is set."""
+    from .door import dotted
+
+    key, _, value = word.partition("=")
+    found = [(key_of(word), False)]
+    folders = (conf_folder(), Path.cwd() / "conf")
+    path = next((path for folder in folders if (path := folder / key / f"{value}.yaml").is_file()), None)
+    if key != "experiment" or path is None:
+        return found
+    content = OmegaConf.load(path)
+    assert isinstance(content, DictConfig)
+    for entry in content.pop("defaults", []):
+        found += [(str(group).split()[-1].lstrip("/"), True) for group in entry] if OmegaConf.is_dict(entry) else []
+    keys = dotted(content)
+    return [*found, *((key, True) for key in keys if not any(other.startswith(f"{key}.") for other in keys))]
 
 
 def _as_many(config: DictConfig, factor: float) -> int:
@@ -124,8 +201,11 @@ def _as_many(config: DictConfig, factor: float) -> int:
     return next((n for n in near if datamodule.shape_at(n - 1, 0) == last), wanted)
 
 
-def training_flops(config: DictConfig) -> float:
-    """FLOPs of the whole training of `config`; 0 where a net cannot be counted."""
+def training_flops(config: DictConfig, tests: Sequence[str] = ()) -> float:
+    """FLOPs of the whole training of `config`; 0 where a net cannot be counted.
+
+    Raises ValueError where the net takes no images of a size that it is trained at, or that `tests` name.
+    """
     import torch
 
     from . import build
@@ -133,27 +213,35 @@ def training_flops(config: DictConfig) -> float:
     from .plan import images_at
     from .verdict import whole
 
-    datamodule = build.build_datamodule(config)
     epochs = config.trainer.max_epochs
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"trainer.max_epochs={epochs}: a table compares runs of a number of epochs, at least 1")
+    datamodule = build.build_datamodule(config)
     images = images_at(datamodule, datamodule.planned_shapes(epochs))
     with torch.device("meta"):
         net = build.build_net(config, len(datamodule.classes))
     try:
+        for test in build.tests_of(tests, datamodule.region):
+            try:
+                test.views.check(net)
+                cost(net, (test.views.size or datamodule.region,) * 2)
+            except ValueError as error:
+                raise ValueError(f"{test.name}: {error}") from None
         return float(whole(images, {shape: cost(net, shape).training_flops for shape in images}))
     except NotImplementedError:
         return 0.0
 
 
-def _say(spec: Spec, in_turn: list[Job], rows: Mapping[str, Row], flops: Any, wanted: Jobs) -> None:
+def _say(
+    spec: Spec, in_turn: list[Job], rows: Mapping[str, Row], plans: Mapping[tuple[str, str], Plan], wanted: Jobs
+) -> None:
     """What is to be done, and what it costs by what has been done."""
     from .verdict import duration
 
     cell_of = {job.key: cell for cell, by_seed in wanted.items() for job in by_seed.values()}
     left = {job.key for job in in_turn if job.key not in rows}
-    work = sum(flops[cell_of[key]] for key in left)
-    done = [(flops[cell_of[key]], rows[key]["train_seconds"]) for key in cell_of if key in rows]
+    work = sum(plans[cell_of[key]].flops for key in left)
+    done = [(plans[cell_of[key]].flops, rows[key]["train_seconds"]) for key in cell_of if key in rows]
     cost, seconds = sum(f for f, _ in done), sum(s for _, s in done)
     said = f"{spec.title}: {len(cell_of)} runs, {len(cell_of) - len(left)} done"
     if left:
@@ -183,31 +271,38 @@ def _do(in_turn: list[Job], places: Any, rows: dict[str, Row], into: Path) -> in
     try:
         outcomes = jobs.run_jobs(in_turn, places, rows, tell)
     except jobs.Interrupted as stopped:
-        print("stopped, its runs have saved; the same command goes on", file=sys.stderr)
+        print(jobs.STOPPED, file=sys.stderr)
         sys.exit(128 + stopped.number)
     return sum(outcome.row is None for outcome in outcomes)
 
 
-def _write(spec: Spec, runs: Any, flops: Any, config: DictConfig, words: list[str], output: Path, level: float) -> Any:
+def _write(spec: Spec, runs: Any, plans: Any, config: DictConfig, words: list[str], output: Path, level: float) -> Any:
     """The table in all forms; gives the tables."""
     from . import jobs, render, tables
-    from .build import tests_of
     from .run import write_whole
     from .tabular import Page
 
     folders = jobs.folders_by_key()
-    every = {spec.test_of(row, column) for row in spec.rows for column in spec.columns}
-    names = {test: tests_of([test], config.data.region)[0].name for one in every for test in tables.parts_of(one)}
+    names = _names(spec, plans)
     runs = dict(runs)
     for row, part in spec.rows.items():
         for column in spec.columns if part.average else ():
-            name = names[spec.test_of(row, column)]
+            (name,) = names[row, column]
             runs[row, column] = tables.average(spec, row, column, runs, name, lambda r, n: _scores(folders, r, n))
+            possible = set.intersection(*(set(runs[member, column]) for member in part.average))
+            missing = sorted(possible - set(runs[row, column]))
+            if missing:
+                print(
+                    f"{part.name}, {spec.columns[column].name}: not averaged for seeds {', '.join(map(str, missing))}: "
+                    "the scores of its nets are in their run folders, which are not all here",
+                    file=sys.stderr,
+                )
     found = tables.fill(spec, runs, names, config.margin, level)
     notes = _notes(spec, runs, config, words)
     found = [_with_notes(table, notes) for table in found]
     drawn = tables.figures(spec, runs, names, level)
-    costs = tables.costs(spec, runs, flops, level)
+    costs = tables.costs(spec, runs, {cell: plan.flops for cell, plan in plans.items()}, level)
+    costs += tables.costs_of_tests(spec, runs, names, level)
     text = "\n".join(f"{render.markdown(table)}\n" for table in (*found, *costs))
     write_whole(output / "table.md", text)
     for table, metric in zip(found, spec.metrics, strict=True):
@@ -221,6 +316,20 @@ def _write(spec: Spec, runs: Any, flops: Any, config: DictConfig, words: list[st
     return found
 
 
+def _names(spec: Spec, plans: Mapping[tuple[str, str], Plan]) -> dict[tuple[str, str], tuple[str, ...]]:
+    """(row, column) → what the test of the cell, or the two that it is a difference of, are called in result rows."""
+    from .tables import parts_of
+
+    return {
+        (row, column): tuple(
+            plans[part.average[0] if part.average else row, column].names[test]
+            for test in parts_of(spec.test_of(row, column))
+        )
+        for row, part in spec.rows.items()
+        for column in spec.columns
+    }
+
+
 def _with_notes(table: Any, notes: tuple[str, ...]) -> Any:
     from dataclasses import replace
 
@@ -230,8 +339,7 @@ def _with_notes(table: Any, notes: tuple[str, ...]) -> Any:
 def _scores(folders: Mapping[str, Path], row: Row, name: str) -> Any:
     import numpy as np
 
-    from .results import scores_path
-    from .train import SCORES
+    from .results import SCORES, scores_path
 
     folder = folders.get(row["key"])
     path = scores_path(folder / SCORES, name) if folder else None
@@ -258,6 +366,13 @@ def _notes(spec: Spec, runs: Any, config: DictConfig, words: list[str]) -> tuple
 def main(arguments: list[str] | None = None) -> None:
     """The door; the word that is no key=value names the table."""
     named, others = names_apart(sys.argv[1:] if arguments is None else arguments)
+    if len(named) > 1:
+        fail(
+            "table",
+            f"{' '.join(named)}: one table at a time; rows and columns of it are chosen by rows=[…] columns=[…]",
+        )
+    if {"-m", "--multirun"} & set(others):
+        fail("table", "-m: a table is a grid already; choose of it by rows=[…] columns=[…] seeds=…")
     open_door("table", run, [*others, *(f"table={name}" for name in named)])
 
 

@@ -18,6 +18,7 @@ from .results import Row, find_test, wrong
 from .tabular import Cell, Curve, Difference, Figure, Table
 
 Runs = Mapping[tuple[str, str], Mapping[int, Row]]  # (row, column) → seed → result row
+Names = Mapping[tuple[str, str], Sequence[str]]  # (row, column) → the name of its test, or of both of a difference
 METRICS = {"top1_error": "top-1 error", "top5_error": "top-5 error"}
 
 
@@ -25,8 +26,7 @@ METRICS = {"top1_error": "top-1 error", "top5_error": "top-5 error"}
 class Part:
     """A row or a column: what it is called, what it sets of `spp train`, how it is tested if not as the table says.
 
-    `average` names other rows, whose nets of one seed are averaged: then nothing is trained for this one. `note` stands
-    below the table.
+    `average` names other rows, whose nets of one seed are averaged: then nothing is trained for this one.
     """
 
     name: str
@@ -70,7 +70,13 @@ def spec_of(name: str, config: Mapping[str, Any]) -> Spec:
     for key in ("title", "rows", "columns", "test"):
         if not config.get(key):
             raise ValueError(f"table.{key}: has no value; see conf/table/table2.yaml for a table")
+    for key in KINDS:
+        if not isinstance(config[key], Mapping):
+            raise ValueError(f"table.{key}={config[key]}: give each an id, like {{b: {{name: …, settings: […]}}}}")
     parts = {key: {str(id_): _part(key, str(id_), one) for id_, one in config[key].items()} for key in KINDS}
+    for pair in config.get("compare") or ():
+        if isinstance(pair, str) or len(pair) != 2:
+            raise ValueError(f"table.compare: {pair}: a comparison is of a row and its baseline, like [b, a]")
     spec = Spec(
         name,
         str(config["title"]),
@@ -84,15 +90,30 @@ def spec_of(name: str, config: Mapping[str, Any]) -> Spec:
         tuple(config.get("sizes") or ()),
         tuple(config.get("settings") or ()),
     )
-    for metric in spec.metrics:
+    for metric in (*spec.metrics, *spec.paper):
         if metric not in METRICS:
             raise ValueError(f"table.metrics: {metric} is none; use {', '.join(METRICS)}")
+    for metric, by_row in spec.paper.items():
+        for row, numbers in by_row.items():
+            if row not in spec.rows or len(numbers) != len(spec.columns):
+                there = f"of the rows {', '.join(spec.rows)}, a number or null for each of {', '.join(spec.columns)}"
+                raise ValueError(f"table.paper.{metric}.{row}={list(numbers)}: give {there}")
+    for key in KINDS:
+        labels = [part.name for part in parts[key].values()]
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        if twice is not None:
+            raise ValueError(f"table.{key}: two are called {twice}; give each a name of its own")
     for where, named in (("compare", spec.compare), ("average", [part.average for part in spec.rows.values()])):
         for one in (one for several in named for one in several):
             row, at, column = one.partition("@")
             if row not in spec.rows or (at and column not in spec.columns):
                 there = f"rows are {', '.join(spec.rows)}, columns {', '.join(spec.columns)}"
                 raise ValueError(f"table.{where}: {one} is not in it; {there}")
+            if where == "average" and (at or spec.rows[row].average):
+                raise ValueError(f"table.average: {one}: name rows that are trained")
+    for row, column in ((row, column) for row, part in spec.rows.items() if part.average for column in spec.columns):
+        if len(parts_of(spec.test_of(row, column))) > 1:
+            raise ValueError(f"table.rows.{row}: an average has one test, and no {spec.test_of(row, column)}")
     return spec
 
 
@@ -120,6 +141,12 @@ def chosen(spec: Spec, rows: Sequence[str] | None, columns: Sequence[str] | None
             if one not in there:
                 raise ValueError(f"{kind}=[{one}]: {spec.name} has {', '.join(there)}")
         parts[kind] = {id_: part for id_, part in there.items() if wanted is None or id_ in wanted}
+    for id_, part in parts["rows"].items():
+        left_out = [member for member in part.average if member not in parts["rows"]]
+        if left_out:
+            raise ValueError(
+                f"rows: {id_} is an average of {', '.join(part.average)}; choose {', '.join(left_out)} too"
+            )
     places = [i for i, id_ in enumerate(spec.columns) if id_ in parts["columns"]]
     paper = {
         metric: {row: [numbers[i] for i in places] for row, numbers in by_row.items()}
@@ -164,12 +191,12 @@ def last_wins(words: Sequence[str]) -> tuple[str, ...]:
 # From runs to tables
 
 
-def fill(spec: Spec, runs: Runs, names: Mapping[str, str], margin: float, level: float = 0.95) -> list[Table]:
-    """A table a metric. `names` says what a test is called in result rows: ten_crop → ten_crop@224."""
+def fill(spec: Spec, runs: Runs, names: Names, margin: float, level: float = 0.95) -> list[Table]:
+    """A table a metric. `names` says what the test of a cell is called in result rows, like ten_crop@224."""
     return [_table(spec, runs, names, metric, margin, level) for metric in spec.metrics]
 
 
-def _table(spec: Spec, runs: Runs, names: Mapping[str, str], metric: str, margin: float, level: float) -> Table:
+def _table(spec: Spec, runs: Runs, names: Names, metric: str, margin: float, level: float) -> Table:
     cells, differences = {}, []
     places = {column: i for i, column in enumerate(spec.columns)}
 
@@ -178,7 +205,7 @@ def _table(spec: Spec, runs: Runs, names: Mapping[str, str], metric: str, margin
         return None if numbers is None else numbers[places[column]]
 
     def tested(row: str, column: str) -> dict[int, Row]:
-        return tests_by_seed(runs.get((row, column), {}), [names[test] for test in parts_of(spec.test_of(row, column))])
+        return tests_by_seed(runs.get((row, column), {}), names[row, column])
 
     for row, part in spec.rows.items():
         for column, own in spec.columns.items():
@@ -275,7 +302,7 @@ def average(spec: Spec, row: str, column: str, runs: Runs, name: str, read: Any)
 # Figures
 
 
-def figures(spec: Spec, runs: Runs, names: Mapping[str, str], level: float = 0.95) -> dict[str, Figure]:
+def figures(spec: Spec, runs: Runs, names: Names, level: float = 0.95) -> dict[str, Figure]:
     """File name → figure: error by row, error against test size, learning curves."""
     found = {"errors": _errors(spec, runs, names, level)}
     for column, own in spec.columns.items():
@@ -301,14 +328,11 @@ def figures(spec: Spec, runs: Runs, names: Mapping[str, str], level: float = 0.9
     return found
 
 
-def _errors(spec: Spec, runs: Runs, names: Mapping[str, str], level: float) -> Figure:
+def _errors(spec: Spec, runs: Runs, names: Names, level: float) -> Figure:
     curves = []
     for column, own in spec.columns.items():
         by_row = {
-            part.name: _top1(
-                runs.get((row, column), {}), [names[test] for test in parts_of(spec.test_of(row, column))], level
-            )
-            for row, part in spec.rows.items()
+            part.name: _top1(runs.get((row, column), {}), names[row, column], level) for row, part in spec.rows.items()
         }
         known = {row: one for row, one in by_row.items() if one is not None}
         curves.append(Curve(own.name, tuple(known), tuple(known.values())))
@@ -376,3 +400,17 @@ def costs(spec: Spec, runs: Runs, flops: Mapping[tuple[str, str], float], level:
             rows = tuple(spec.rows[row].name for row in trained)
             tables.append(Table(title, "", rows, heads, cells, unit=""))
     return tables
+
+
+def costs_of_tests(spec: Spec, runs: Runs, names: Names, level: float = 0.95) -> list[Table]:
+    """How long each test took, where the cells of the table are tested in different ways."""
+    if len({spec.test_of(row, column) for row in spec.rows for column in spec.columns}) < 2:
+        return []
+    cells: dict[tuple[str, str], Cell] = {}
+    for (row, column), (name, *other) in names.items():
+        found = [find_test(run, name) for run in runs.get((row, column), {}).values()]
+        times = [1000 * one["seconds"] / one["images"] for one in found if one is not None and one["seconds"]]
+        if times and not other:
+            cells[spec.rows[row].name, spec.columns[column].name] = Cell(None, mean_interval(times, level))
+    rows, columns = (tuple(part.name for part in parts.values()) for parts in (spec.rows, spec.columns))
+    return [Table(f"{spec.title}: time of a test", "Decoding and resizing included.", rows, columns, cells, unit="ms")]

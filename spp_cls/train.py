@@ -114,6 +114,8 @@ def check(net: nn.Module, datamodule: MultiSizeDataModule, trainer: Trainer, tes
 def run(config: DictConfig) -> float | None:
     """Everything that `spp train` does with a config; gives `optimized_metric` for sweepers."""
     from . import build, dashboards
+    from .differences import of_all_ranks
+    from .ranks import place, refuse_different
     from .results import SCORES, read_results, scores_path
     from .run import KEY, find_checkpoint, in_training, read_key, write_whole
 
@@ -146,6 +148,9 @@ def run(config: DictConfig) -> float | None:
     classifier = build.build_classifier(config, identity, build.class_weights(config, datamodule))
     first = build.Test(datamodule.sized(datamodule.views))
     check(classifier.net, datamodule, trainer, (first, *tests) if config.test else ())
+    if place().started_by in ("torchrun", "SLURM"):  # which start all ranks at once; of Lightning's see SameRun
+        trainer.strategy.setup_environment()
+        refuse_different(of_all_ranks(identity, folder))
     _ = datamodule.pictures  # a cache that is wanted is made here, before other ranks are started
     key = build.key_of(asked, datamodule)
     before = read_results(folder) if saved else {}
@@ -173,12 +178,43 @@ def run(config: DictConfig) -> float | None:
         try:
             metrics = train(classifier, datamodule, trainer, ckpt_path, config.test)
             if config.test and not trainer.interrupted:
+                if dashboards.shows_tests(trainer.loggers):
+                    _keep_test(folder, classifier, datamodule, trainer)
                 tested = test(classifier, datamodule, trainer, tests, folder / SCORES if config.keep_scores else None)
+            names = {one["test"] for one in tested}
+            tested += [one for one in stay if one["test"] not in names]
+            if not trainer.interrupted:
+                _show(folder, trainer, {**metrics, "tests": tested}, resolved)
         finally:
             dashboards.close(trainer.loggers)
-        names = {one["test"] for one in tested}
-        tested += [one for one in stay if one["test"] not in names]
         return _write_what_came_out(folder, trainer, metrics, config, {"key": key, "tests": tested})
+
+
+def _keep_test(folder: Path, classifier: Classifier, datamodule: MultiSizeDataModule, trainer: Trainer) -> None:
+    """Of the test that was made last what dashboards show."""
+    from .dashboards import media
+    from .evaluate import confusion_matrix, per_class, scored
+    from .media import keep_test
+
+    rows, labels, scores = scored(classifier)
+    assert datamodule.index is not None
+    matrix = confusion_matrix(labels, scores)
+    table = per_class(matrix, datamodule.classes)
+    number, step = media(trainer.loggers), trainer.global_step
+    keep_test(folder, datamodule.index, rows, labels, scores, matrix, table, number, step)
+
+
+def _show(folder: Path, trainer: Trainer, results: dict[str, Any], config: dict[str, Any]) -> None:
+    """What the run came to, on its dashboards."""
+    from . import dashboards
+    from .going_on import chosen, settings, settings_in
+    from .resume import read_history
+
+    if not dashboards.shows_tests(trainer.loggers):
+        return
+    words = settings() or settings_in(HydraConfig.get().overrides.task)
+    errors = dashboards.errors_of(results)
+    dashboards.end(trainer.loggers, folder, read_history(folder), errors, config, chosen(words))
 
 
 def _write_what_begins(folder: Path, config: str, datamodule: MultiSizeDataModule, classifier: Classifier) -> None:

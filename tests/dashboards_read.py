@@ -7,24 +7,29 @@ import json
 import os
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from wandb.proto.wandb_internal_pb2 import Record
 
 Row = dict[str, Any]
 
 
 @pytest.fixture
-def wandb_offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def wandb_offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing goes over the network, and no process of W&B stays behind."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):  # not in the user's home
+        monkeypatch.setenv(name, str(tmp_path_factory.getbasetemp() / "wandb"))
     yield
     wandb.teardown()
 
@@ -37,9 +42,33 @@ def shown(row: Row) -> Row:
 
 
 def read_tensorboard(folder: Path) -> list[tuple[str, int, float]]:
-    """Every point: its tag, step and value, sorted."""
+    """Every point: its tag, step and value, sorted; without what stands there of the test."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return sorted((tag, each.step, each.value) for tag in events.Tags()["scalars"] for each in events.Scalars(tag))
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("test/")]
+    return sorted((tag, each.step, each.value) for tag in tags for each in events.Scalars(tag))
+
+
+class End(NamedTuple):
+    """What TensorBoard shows of the end of a run: tag → steps and values; tag → steps and shapes; settings."""
+
+    scalars: dict[str, list[tuple[int, float]]]
+    images: dict[str, list[tuple[int, int, int]]]
+    settings: dict[str, Any]
+
+
+def read_tensorboard_end(folder: Path) -> End:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+    scalars = {
+        tag: [(each.step, each.value) for each in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if tag.startswith("test/")
+    }
+    images = {
+        tag: [(each.step, each.height, each.width) for each in events.Images(tag)] for tag in events.Tags()["images"]
+    }
+    content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    found = HParamsPluginData.FromString(content).session_start_info.hparams
+    return End(scalars, images, {name: getattr(value, value.WhichOneof("kind")) for name, value in found.items()})
 
 
 def as_tensorboard(history: list[Row]) -> list[tuple[str, int, float]]:
@@ -58,17 +87,14 @@ def as_csv(history: list[Row]) -> list[Row]:
     return [{"step": row["step"], **shown(row)} for row in history]
 
 
-def read_wandb(folder: Path) -> list[tuple[int, Row]]:
-    """Number and values of every row in the only .wandb file below `folder`, but not what W&B adds to each.
+def records(path: Path) -> Iterator[Record]:
+    """What stands in a .wandb file.
 
     The file is a log in LevelDB's format: blocks of 32 KiB, in them pieces of records, each behind a header of 7 bytes
     (CRC 4, length 2, kind 1: whole, first, middle or last piece); the first block begins with 7 bytes of W&B's.
     """
-    from wandb.proto.wandb_internal_pb2 import Record
-
     wandb.teardown()  # a run that has been finished may still be on its way to the file
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    data, at, record, rows = path.read_bytes(), 7, b"", []
+    data, at, record = path.read_bytes(), 7, b""
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:  # no room for a header
             at += 32768 - at % 32768
@@ -76,13 +102,77 @@ def read_wandb(folder: Path) -> list[tuple[int, Row]]:
         length, kind = struct.unpack_from("<HB", data, at + 4)
         record += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind not in (1, 4):
-            continue
-        history, record = Record.FromString(record).history, b""
-        values = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in history.item}
+        if kind in (1, 4):
+            yield Record.FromString(record)
+            record = b""
+
+
+def offline_file(folder: Path) -> Path:
+    """The only .wandb file below `folder`."""
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    return path
+
+
+AT_THE_END = ("test/", "train/first_batch")  # what the history has not
+
+
+def read_wandb(folder: Path) -> list[tuple[int, Row]]:
+    """Number and values of every row in the only .wandb file below `folder`, but not what stands there of the test."""
+    rows = []
+    for record in records(offline_file(folder)):
+        values = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
         if values:
-            rows.append((history.step.num, {k: v for k, v in values.items() if not k.startswith("_")}))
+            own = {k: json.loads(v) for k, v in values.items() if not k.startswith(("_", *AT_THE_END))}
+            rows.append((record.history.step.num, own))
     return rows
+
+
+@dataclass
+class WandbRun:
+    """What W&B is told of a run, beside the rows: its place, its config, its summary, axes and minima, artifacts."""
+
+    place: Row = field(default_factory=dict)
+    config: Row = field(default_factory=dict)
+    summary: Row = field(default_factory=dict)
+    metrics: dict[str, tuple[str, bool]] = field(default_factory=dict)  # axis, and whether the least is kept
+    end: list[str] = field(default_factory=list)  # names in the rows that the history has not
+    artifacts: list[tuple[str, str, list[str], bool, bool]] = field(default_factory=list)
+    alerts: list[tuple[str, str]] = field(default_factory=list)
+
+
+def read_wandb_run(path: Path) -> WandbRun:
+    run = WandbRun()
+    for record in records(path):
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            one = record.run
+            names = ("run_id", "project", "entity", "run_group", "job_type", "display_name", "notes")
+            run.place = {**{name: getattr(one, name) for name in names}, "tags": list(one.tags)}
+        config = {"run": record.run.config, "config": record.config}.get(str(kind))
+        for item in config.update if config is not None else ():
+            _put(run.config, item, "_wandb")
+        for item in record.summary.update if kind == "summary" else ():
+            _put(run.summary, item, "_")
+        if kind == "metric" and record.metric.name:
+            run.metrics[record.metric.name] = (record.metric.step_metric, record.metric.summary.min)
+        if kind == "history":
+            names = {item.key or item.nested_key[0] for item in record.history.item}
+            run.end += sorted(name for name in names if name.startswith(AT_THE_END))
+        if kind == "artifact" and record.artifact.type in ("dataset", "model", "evaluation"):
+            one = record.artifact
+            run.artifacts.append((one.type, one.name, list(one.aliases), one.user_created, one.use_after_commit))
+        if kind == "alert":
+            run.alerts.append((record.alert.level, record.alert.title))
+    return run
+
+
+def _put(into: Row, item: Any, less: str) -> None:
+    *above, last = list(item.nested_key) or [item.key]
+    if (above or [last])[0].startswith(less):
+        return
+    for key in above:
+        into = into.setdefault(key, {})
+    into[last] = json.loads(item.value_json)
 
 
 def as_wandb(history: list[Row]) -> list[tuple[int, Row]]:

@@ -18,6 +18,8 @@ from omegaconf import OmegaConf
 from spp_cls import build
 from spp_cls.classifier import Classifier
 from spp_cls.data import Views
+from spp_cls.door import register_resolvers
+from spp_cls.jobs import Job
 from spp_cls.models import sppnet
 from spp_cls.schedules import constant
 
@@ -398,3 +400,46 @@ def test_a_size_costs_no_look_of_hydras(pictures: Path) -> None:
     views = {"_target_": "spp_cls.data.Views", "crops": "center_crop"}
     made = build.build_datamodule(OmegaConf.create({"data": data, "sizes": sizes, "views": views})).sizes
     assert type(made) is partial and [made(0, epoch, 5) for epoch in range(3)] == [26, 32, 26]
+
+
+# Jobs
+
+
+@pytest.fixture
+def words(small: list[str]) -> list[str]:
+    register_resolvers()
+    return [word for word in small if word != "logger=null"]
+
+
+def job(words: list[str], *more: str) -> Job:
+    return build.job_of(build.composed([*words, *more]), (*words, *more), Path("runs/x_{key}"))
+
+
+def test_a_job_says_where_it_lies_and_what_it_must_be_tested_by(words: list[str]) -> None:
+    found = job(words, "views=ten_crop", "tests=[center_crop@28,ten_crop,train/center_crop]", "keep_scores=true")
+    assert found.tests == ("ten_crop@32", "center_crop@28", "train/center_crop@32")
+    assert found.folder == Path(f"runs/x_{found.key}") and found.settings[: len(words)] == tuple(words)
+    assert (found.name, found.scores) == (found.key, True)
+    untested = job(words, "test=false", "tests=[ten_crop]", "keep_scores=true")
+    assert (untested.tests, untested.scores, untested.key) == ((), False, found.key)
+
+
+def test_the_key_of_a_job_is_that_of_what_decides_its_result(
+    words: list[str], trained: Path, pictures: Path, tmp_path: Path
+) -> None:
+    key = job(words).key
+    assert (trained / "key").read_text() == f"{key}\n"  # a run by hand, with a logger and a folder of its own
+    shutil.copytree(pictures, tmp_path / "moved")
+    same = (f"data.root={tmp_path / 'moved'}", "logger=csv", "data.num_workers=1", "name=mine", "views=ten_crop")
+    assert job(words, *same).key == key
+    others = {job(words, other).key for other in ("seed=1", "optimizer.lr=0.5", "model.init_from=a.ckpt")}
+    (tmp_path / "moved" / "train" / "a" / "00.jpg").unlink()
+    others.add(job(words, same[0]).key)
+    assert len({*others, key}) == 5
+
+
+def test_what_is_wrong_with_a_job_is_one_line(words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="^tests: center_crop@big: write views, views@px or train/views@px"):
+        job(words, "tests=[center_crop@big]")
+    with pytest.raises(ValueError, match="^modle: there is no such key; did you mean model"):
+        job(words, "modle=zf5")

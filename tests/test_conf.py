@@ -18,12 +18,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 
 from spp_cls.build import refuse_untrusted
+from spp_cls.dashboards import OPTIONS
 from spp_cls.door import conf_folder, register_resolvers
 
 CONF = conf_folder()
 FILES = {folder.name: sorted(p.stem for p in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()}
 del FILES["hydra"]  # the launcher of grids, which is no group of ours
-VERBS = ["train", "evaluate", "predict", "export", "plan", "check", "log", "cache", "table"]
+VERBS = ["train", "evaluate", "predict", "export", "plan", "check", "log", "cache", "table", "runs", "report"]
 
 Node = dict[str, Any]
 
@@ -119,6 +120,7 @@ def unknown_keys(node: Any, where: str = "") -> Iterator[str]:
         takes = dict(inspect.signature(target).parameters)
         if target is lightning.pytorch.loggers.WandbLogger:  # hands the rest on
             takes |= inspect.signature(wandb.init).parameters
+        takes |= dict.fromkeys(OPTIONS.get(target.__name__, ()))  # which build takes out
         given = {key for key in node if not key.startswith("_")}
         yield from (f"{where}.{key}" for key in given - set(takes))
         if node.get("_partial_") and inspect.isfunction(target):

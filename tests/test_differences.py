@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,17 @@ import torch
 from lightning import Trainer
 
 import spp_cls
-from spp_cls.differences import CHANGES, HARMLESS, REFUSED, Difference, differences, machine
+from spp_cls.differences import (
+    CHANGES,
+    HARMLESS,
+    REFUSED,
+    Difference,
+    decides,
+    differences,
+    machine,
+    of_all_ranks,
+    run_key,
+)
 
 SETTINGS: dict[str, Any] = {
     "name": "a",
@@ -105,3 +116,80 @@ def test_the_machine_says_what_bits_depend_on() -> None:
     assert type(found["torch"]) is str and found["torch"] == torch.__version__
     assert (found["device"], found["threads"], found["ranks"]) == ("cpu", torch.get_num_threads(), 1)
     assert platform.machine() in found["processor"]
+
+
+# The key of a run
+
+
+def key_with(key: str = "name", value: Any = "a", index: str = "x", pixels: str = "files") -> str:
+    return run_key(identity(key, value)["config"], index, pixels)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", "b"),
+        ("tests", ["ten_crop"]),
+        ("keep_scores", True),
+        ("data.root", "b"),
+        ("data.num_workers", 2),
+        ("checkpoint.every_minutes", 1),
+        ("callbacks.best.dirpath", "/there"),
+        ("trainer.devices", 2),
+        ("trainer.enable_progress_bar", False),
+        ("resume", "auto"),
+        ("ckpt_path", "runs/x"),
+        ("data.new", None),  # a setting that is new and does nothing
+    ],
+)
+def test_what_decides_no_result_changes_no_key(key: str, value: Any) -> None:
+    assert key_with(key, value) == key_with()
+    assert value is None or key in ("resume", "ckpt_path") or not decides(key)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 1),
+        ("optimizer.lr", 0.02),
+        ("model.levels", [6]),
+        ("model.init_from", "a.ckpt"),
+        ("model.weights", "DEFAULT"),
+        ("data.batch_size", 16),
+        ("data.flip", 0.0),
+        ("sizes.sizes", [224]),
+        ("trainer.max_epochs", 3),
+        ("callbacks.ema", {"decay": 0.9}),
+        ("compile", True),
+    ],
+)
+def test_what_decides_a_result_changes_the_key(key: str, value: Any) -> None:
+    assert decides(key) and key_with(key, value) != key_with()
+
+
+def test_the_key_is_of_pictures_and_pixels_too_and_of_no_order() -> None:
+    keys = {key_with(), key_with(index="y"), key_with(pixels="jpeg cache")}
+    assert len(keys) == 3 and all(len(key) == 16 and int(key, 16) >= 0 for key in keys)
+    assert run_key(dict(reversed(SETTINGS.items())), "x", "files") == key_with()
+
+
+def test_what_all_ranks_must_have_in_common() -> None:
+    def common(key: str, value: Any, folder: str = "/runs/a", **other: Any) -> dict[str, Any]:
+        return of_all_ranks(identity(key, value, **other), Path(folder))
+
+    same = common("name", "a")
+    assert same["optimizer.lr"] == 0.01 and same["index"] is not None
+    for key, value in (
+        ("name", "b"),
+        ("data.root", "/there"),
+        ("data.num_workers", 4),
+        ("callbacks.best.dirpath", "/b"),
+    ):
+        assert common(key, value) == same, key
+    for key, value in (("logger", {"wandb": {"group": "g"}}), ("data.cache", "raw"), ("ckpt_path", "/a/last.ckpt")):
+        assert common(key, value) == same, key
+    for key, value in (("optimizer.lr", 0.02), ("seed", 1), ("test", False), ("views", {"crops": "ten_crop"})):
+        assert common(key, value) != same, key
+    assert common("name", "a", index="y") != same != common("name", "a", pixels="jpeg cache")
+    mine = "callbacks.mine.path"
+    assert common(mine, "/runs/a/x") == common(mine, "/mnt/a/x", "/mnt/a") != common(mine, "/mnt/a/x")

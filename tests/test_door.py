@@ -81,7 +81,6 @@ def test_a_mistake_is_one_line_that_names_it_and_leaves_nothing_behind(
         (["callbacks=early_stopping", "+callbacks.early_stopping.patince=1"], "did you mean patience?"),
         (["model._target_=mynet.Nte"], "model._target_=mynet.Nte: cannot be imported"),
         (["views.crops=eleven"], "views.crops='eleven': use one of center_crop, ten_crop, full_image"),
-        (["trainer.devices=2", "-m"], "trainer.devices=2 with -m: further ranks would run the whole grid again"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

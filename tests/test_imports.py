@@ -13,8 +13,8 @@ import pytest
 import spp_cls
 
 PACKAGE = Path(spp_cls.__file__).parent
-PROGRAMS = ("train", "evaluate", "predict", "export", "plan", "check", "log", "cache")
-KNOW_HYDRA = {f"spp_cls.{name}" for name in ("door", "going_on", "build", *PROGRAMS)}
+PROGRAMS = ("train", "evaluate", "predict", "export", "plan", "check", "log", "cache", "table", "runs", "report")
+KNOW_HYDRA = {f"spp_cls.{name}" for name in ("door", "going_on", "build", "grid", *PROGRAMS)}
 
 
 def module_name(path: Path) -> str:
@@ -95,7 +95,7 @@ def test_nothing_points_back_to_the_programs(module: str) -> None:
         assert not [n for n in names for above in KNOW_HYDRA | {"spp_cls.__main__"} if inside(n, above)], name
 
 
-@pytest.mark.parametrize("module", ["spp_cls", "spp_cls.__main__", "spp_cls.door"])
+@pytest.mark.parametrize("module", ["spp_cls", "spp_cls.__main__", "spp_cls.door", "spp_cls.runs"])
 def test_the_way_to_the_help_loads_no_torch(module: str) -> None:
     code = f"import sys, {module}; print(*{{'torch', 'torchvision', 'lightning', 'numpy'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

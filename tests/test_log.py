@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import yaml
 from conftest import Spp
-from dashboards_read import as_csv, as_tensorboard, as_wandb, read_csv, read_tensorboard, read_wandb, wandb_offline
+from dashboards_read import (
+    as_csv,
+    as_tensorboard,
+    as_wandb,
+    read_csv,
+    read_tensorboard,
+    read_tensorboard_end,
+    read_wandb,
+    wandb_offline,
+)
 from lightning.pytorch.loggers.logger import DummyLogger
 from omegaconf import DictConfig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -41,7 +50,11 @@ def test_every_dashboard_of_several_runs_twice(spp: Spp, runs: list[Path]) -> No
     for run, said in zip(runs, (lines[:3], lines[3:]), strict=True):
         history = read_history(run)
         assert read_tensorboard(run / "tensorboard") == as_tensorboard(history)
-        assert len(list((run / "tensorboard").glob("events*"))) == 1
+        assert len(list((run / "tensorboard").glob("events*"))) == 2  # the rows, and the end
+        end = read_tensorboard_end(run / "tensorboard")
+        results = json.loads((run / "results.json").read_text()) if (run / "results.json").exists() else {}
+        expected = {name: [(8, pytest.approx(value))] for name, value in results.items() if name.startswith("test/")}
+        assert end.scalars == expected and end.settings["seed"] == 0
         assert read_csv(run / "csv") == as_csv(history)
         assert read_wandb(run) == as_wandb(history)
         (sent,) = (run / "wandb").glob("offline-run-*")
@@ -62,7 +75,7 @@ def test_the_config_stands_beside_it_as_hyperparameters(spp: Spp, runs: list[Pat
     assert yaml.safe_load((runs[0] / "csv" / "hparams.yaml").read_text()) == config
     events = EventAccumulator(str(runs[0] / "tensorboard")).Reload()
     assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
-    assert b"optimizer/lr" in events.PluginTagToContent("hparams")["_hparams_/experiment"]
+    assert b"optimizer.lr" in events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
 
 
 @pytest.mark.parametrize(
@@ -108,4 +121,8 @@ def test_a_logger_is_as_the_run_had_it_but_where_the_command_line_says_else(
     (found,) = made
     assert found._target_ == "lightning.pytorch.loggers.WandbLogger" and "settings" not in found
     assert (found.project, found.entity, found.log_model) == ("p", "e", False)
-    assert (found.name, list(found.tags), found.save_dir) == (config["name"], ["x"], str(runs[0]))
+    assert (found.name, list(found.tags), found.save_dir) == ("old", ["x"], str(runs[0]))
+    assert spp("log", runs[0], "logger=wandb", "name=new").code == 0
+    assert (made[-1].name, list(made[-1].tags)) == ("new-0", [])
+    assert spp("log", runs[1], "logger=wandb").code == 0  # of a run that had no such logger
+    assert made[-1].name == "folder-tiny-0"

@@ -44,7 +44,8 @@ def test_an_unknown_verb(spp: Spp) -> None:
     assert spp("sweep") == (
         2,
         "",
-        "spp: there is no verb 'sweep'; verbs: train, evaluate, predict, export, plan, check, log, cache\n",
+        "spp: there is no verb 'sweep'; verbs: train, evaluate, predict, export, plan, check, table, runs, report, log, "
+        "cache\n",
     )
 
 

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Spp
@@ -18,6 +19,7 @@ from omegaconf import OmegaConf
 
 from spp_cls import train
 from spp_cls.door import conf_folder, register_resolvers
+from spp_cls.results import is_row, row_of, scores_path, wrong
 from spp_cls.resume import read_history
 from spp_cls.run import digest
 
@@ -37,7 +39,8 @@ def test_the_run_folder_holds_what_the_house_says(trained: Path) -> None:
     names = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
     assert names == {
         "config.yaml", "environment.json", "history.jsonl", "timing.jsonl", "results.json", "checkpoints/last.ckpt",
-        "checkpoints/best.ckpt", "training.lock", ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml",
+        "checkpoints/best.ckpt", "training.lock", "key", ".hydra/config.yaml", ".hydra/hydra.yaml",
+        ".hydra/overrides.yaml",
     }  # fmt: skip
 
 
@@ -152,13 +155,17 @@ def test_debug(spp: Spp, tmp_path: Path, small: list[str], words: list[str], ste
 
 
 def test_a_grid_has_a_folder_for_each(spp: Spp, tmp_path: Path, small: list[str]) -> None:
-    words = [*small, "debug=fdr", "test=false", "model.levels=[1],[2,1]", "seed=1,2", "-m"]
-    assert spp("train", *words).code == 0
+    words = [*small, "debug=fdr", "test=false", "model.levels=[1],[2,1]", "-m"]
+    answer = spp("train", *words)  # each in a process of its own
+    assert answer.code == 0, answer.err
     (grid,) = (tmp_path / "multiruns" / "folder-tiny").iterdir()
-    found = [OmegaConf.load(grid / str(i) / "config.yaml") for i in range(4)]
-    assert [(list(c.model.levels), c.seed) for c in found] == [([1], 1), ([1], 2), ([2, 1], 1), ([2, 1], 2)]
+    found = [OmegaConf.load(grid / str(i) / "config.yaml") for i in range(2)]
+    assert [list(config.model.levels) for config in found] == [[1], [2, 1]]
     date = r"\d{4}(-\d\d){2}_\d\d(-\d\d){2}"
     assert re.fullmatch(rf"{date}_[0-9a-f]{{8}}", grid.name)
+    keys = [(grid / str(i) / "key").read_text().strip() for i in range(2)]
+    assert [results(grid / str(i))["key"] for i in range(2)] == keys and len(set(keys)) == 2
+    assert spp("train", *words).err.count("(was done)") == 2
 
 
 def test_two_starts_in_one_second_have_folders_of_their_own() -> None:
@@ -203,6 +210,58 @@ def test_weights_and_biases_without_a_key_goes_offline(
     (run,) = runs_in(tmp_path)
     assert list((run / "wandb").glob("offline-run-*/*.wandb"))
     assert "train/loss" in (run / "csv" / "metrics.csv").read_text().splitlines()[0]
+
+
+# Several tests
+
+
+def test_several_tests_are_kept_image_by_image_with_their_scores(
+    spp: Spp, tmp_path: Path, small: list[str], trained: Path
+) -> None:
+    words = [*small, "tests=[ten_crop,center_crop@28,center_crop,train/center_crop]", "keep_scores=true"]
+    answer = spp("train", *words)
+    assert answer.code == 0, answer.err
+    (run,) = runs_in(tmp_path)
+    row = row_of(run)
+    assert row is not None and is_row(row)
+    assert (row["key"], row["epochs"]) == ((trained / "key").read_text().strip(), 2)
+    assert [(test["test"], test["images"]) for test in row["tests"]] == [
+        *(("center_crop@32", 9), ("ten_crop@32", 9), ("center_crop@28", 9), ("train/center_crop@32", 36)),
+    ]
+    assert results(run)["test/top1_error"] == results(trained)["test/top1_error"]  # further tests change nothing
+    assert row["tests"][0]["top1_error"] == pytest.approx(results(run)["test/top1_error"])
+    for test in row["tests"]:
+        assert test["top1_error"] == pytest.approx(100 * wrong(test).mean())
+        with np.load(scores_path(run / "scores", test["test"])) as kept:
+            assert np.array_equal(kept["scores"].astype(np.float32).argmax(1) != kept["labels"], wrong(test))
+    assert f"test error (ten_crop@32): top-1 {row['tests'][1]['top1_error']:.2f} %" in answer.out
+    assert spp("evaluate", f"run={run}", "trainer=cpu", "views=ten_crop").code == 0
+    alone = json.loads((run / "evaluations" / "test_ten_crop_32" / "results.json").read_text())
+    assert alone["top1_error"] == pytest.approx(row["tests"][1]["top1_error"])
+
+
+def test_a_run_is_tested_further_and_what_was_tested_stays(
+    spp: Spp, tmp_path: Path, small: list[str], trained: Path
+) -> None:
+    run = tmp_path / "runs" / "run"
+    shutil.copytree(trained, run)
+    assert not (run / "scores").exists()
+
+    def tests(*words: str) -> dict[str, str]:
+        answer = spp("train", f"ckpt_path={run}", *words)
+        assert answer.code == 0, answer.err
+        row = row_of(run)
+        assert row is not None and (run / "key").read_text() == (trained / "key").read_text()
+        return {test["test"]: test["wrong"] for test in row["tests"]}
+
+    first = tests("tests=[ten_crop]")
+    second = tests("tests=[ten_crop,center_crop@28]", "keep_scores=true")
+    assert set(first) == {"center_crop@32", "ten_crop@32"} and set(second) == {*first, "center_crop@28"}
+    assert {name: second[name] for name in first} == first
+    assert {path.stem for path in (run / "scores").iterdir()} == set(second)  # those that had been made, too
+    other = spp("train", f"ckpt_path={run}", "trainer.max_epochs=3")
+    assert other.code == 0, other.err
+    assert (run / "key").read_text() == "\n" and row_of(run) is None  # it is no run of either setting
 
 
 # Pictures that are not as they should be
@@ -267,6 +326,9 @@ def test_however_the_pictures_are_read_the_weights_and_the_history_are_the_same_
             ["trainer.limit_train_batches=3", "trainer.accumulate_grad_batches=2"],
             "trainer.limit_train_batches=3 ends inside an optimizer step: it counts micro-batches, 2 a step",
         ),
+        (["tests=[foo]"], "tests: foo: views.crops='foo': use one of center_crop, ten_crop, full_image"),
+        (["tests=[center_crop@0]"], "tests: center_crop@0: views.size=0: use a number of px"),
+        (["tests=[center_crop@2]"], "the net does not take images of 2 px"),
         (["trainer.precision=bf16-true"], "trainer.precision=bf16-true: order and chance need float32; use 32-true"),
     ],
 )

@@ -1,0 +1,277 @@
+"""`spp table`: which runs it starts, what it writes, and what it says to mistakes; runs are a stub's."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import spp_train_stub
+from conftest import Answer, Spp
+from omegaconf import OmegaConf
+
+from spp_cls import jobs, render
+from spp_cls.door import conf_folder
+from spp_cls.results import read_rows
+from spp_cls.table import _check
+
+TABLE = """
+title: Mine
+about: A table of one's own.
+rows:
+  a: {name: no SPP, settings: [experiment=table2a_no_spp]}
+  b: {name: SPP, settings: [experiment=table2b_single_size]}
+columns:
+  tiny: {name: tiny, settings: [model=tiny]}
+test: ten_crop
+compare: [[b, a]]
+sizes: [28]
+"""
+STUB = (sys.executable, "-S", str(Path(spp_train_stub.__file__)))
+
+
+@pytest.fixture
+def table(spp: Spp, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
+    """`spp table mine` with the small settings."""
+    monkeypatch.setattr(jobs, "COMMAND", STUB)
+    monkeypatch.setattr(jobs, "_LOOK", 0.02)
+    monkeypatch.setattr(render, "draw", lambda figure, path: path.touch())
+    (tmp_path / "conf" / "table").mkdir(parents=True)
+    (tmp_path / "conf" / "table" / "mine.yaml").write_text(TABLE)
+    return lambda *more: spp("table", "mine", *small, *more)
+
+
+def begun(folder: Path, word: str = "begins") -> list[dict[str, str]]:
+    path = folder / "log.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [line["words"] for line in lines if line["word"] == word]
+
+
+def cells(folder: Path) -> list[list[str]]:
+    with (folder / "tables" / "mine" / "top1_error.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def test_the_runs_of_a_table_and_what_is_written(table: Callable[..., Answer], tmp_path: Path) -> None:
+    answer = table("seeds=2")
+    assert answer.code == 0, answer.err
+    runs = begun(tmp_path)
+    # Each seed a whole table, so that what is stopped is a table of fewer seeds.
+    assert [(run["experiment"], run["seed"]) for run in runs] == [
+        *(("table2a_no_spp", "0"), ("table2b_single_size", "0")),
+        *(("table2a_no_spp", "1"), ("table2b_single_size", "1")),
+    ]
+    assert {(run["model"], run["tests"], run["name"]) for run in runs} == {
+        ("tiny", "[ten_crop,center_crop@28]", "mine")
+    }
+    assert "Mine: 4 runs, 0 done" in answer.err and answer.out.startswith("## Mine: top-1 error\n")
+    assert answer.out.endswith("all of it: tables/mine/index.html\n")
+    names = {path.name for path in (tmp_path / "tables" / "mine").iterdir()}
+    drawn = {f"{name}.{form}" for name in ("errors", "sizes", "learning") for form in ("svg", "pdf")}
+    assert {"table.md", "top1_error.csv", "top1_error.tex", "index.html", *drawn} <= names
+    rows = read_rows([tmp_path / "results"])
+    assert len(rows) == 4 and sorted(row["seed"] for row in rows.values()) == [0, 0, 1, 1]
+
+    before = (tmp_path / "tables" / "mine" / "top1_error.csv").read_bytes()
+    assert b"50" in before
+    shutil.rmtree(tmp_path / "runs")  # the rows are enough
+    answer = table("seeds=2")
+    assert answer.code == 0 and "4 runs, 4 done" in answer.err and len(begun(tmp_path)) == 4
+    assert (tmp_path / "tables" / "mine" / "top1_error.csv").read_bytes() == before
+    # Rows of two machines are put together, whatever their files are called.
+    lines = (tmp_path / "results" / "mine.jsonl").read_text().splitlines()
+    (tmp_path / "results" / "mine.jsonl").unlink()
+    for name, part in (("x", lines[:1]), ("y", lines[1:])):
+        (tmp_path / "results" / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in part))
+    answer = table("seeds=2", "run=false")
+    assert answer.code == 0 and (tmp_path / "tables" / "mine" / "top1_error.csv").read_bytes() == before
+    # A line that somebody has spoilt is named, and nothing is begun.
+    (tmp_path / "results" / "y.jsonl").write_text("".join(f"{line}\n" for line in (lines[1], lines[2][:-9], lines[3])))
+    answer = table("seeds=2")
+    line = "spp table: results/y.jsonl, line 2: is no result row; remove the line\n"
+    assert (answer.code, answer.err) == (2, line) and len(begun(tmp_path)) == 4
+
+
+def test_other_settings_are_other_runs(table: Callable[..., Answer], tmp_path: Path) -> None:
+    assert table("seeds=1", "rows=[a]").code == 0
+    assert table("seeds=1", "rows=[a]", "data.num_workers=1", "logger=csv", "output=elsewhere").code == 0
+    assert len(begun(tmp_path)) == 1 and (tmp_path / "elsewhere" / "table.md").is_file()
+    assert table("seeds=1", "rows=[a]", "trainer.max_epochs=3").code == 0
+    assert [run["trainer.max_epochs"] for run in begun(tmp_path)] == ["2", "3"]
+
+
+def test_runs_that_fail_are_said_and_the_table_is_of_the_others(table: Callable[..., Answer], tmp_path: Path) -> None:
+    before = spp_train_stub.__file__
+    own = tmp_path / "stub.py"
+    # It fails where the experiment is the second row's.
+    text = Path(before).read_text().replace('do = words.get("do", "")', 'do = "fail" if "2b" in str(words) else ""')
+    own.write_text(text)
+    jobs.COMMAND = (sys.executable, "-S", str(own))  # type: ignore[assignment]
+    answer = table("seeds=1")
+    assert answer.code == 1
+    assert answer.err.splitlines()[-1] == "1 of 2 runs failed; the same command goes on with them"
+    assert "b, tiny, seed 0: failed: spp train: that cannot be (exit code 2; runs/mine/b_tiny_seed0_" in answer.err
+    assert "not run yet" in (tmp_path / "tables" / "mine" / "table.md").read_text()
+    assert [row["seed"] for row in read_rows([tmp_path / "results"]).values()] == [0]
+    jobs.COMMAND = STUB
+    answer = table("seeds=1")
+    assert answer.code == 0 and "2 runs, 1 done" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["more"], "mine more: one table at a time; rows and columns of it are chosen by rows=[…] columns=[…]"),
+        (["-m"], "-m: a table is a grid already; choose of it by rows=[…] columns=[…] seeds=…"),
+        (["rows=[z]"], "rows=[z]: mine has a, b"),
+        (["seeds=0"], "seeds=0: use a whole number of at least 1"),
+        (["precision=1", "most=6", "rows=[a]"], "precision: there are no two of these rows that the table compares; "),
+        (["model=zf5"], "model=zf5: the table sets model itself (tiny); choose by rows=[…] and columns=[…], or write"),
+        (["model.levels=[3]"], "model.levels=[3]: the table sets model.levels itself (no SPP); choose by"),
+        (["seed=3"], "seed=3: the table sets seed of each run itself; the number of seeds is seeds=5"),
+        (["trainer.max_epochs=-1"], "trainer.max_epochs=-1: a table compares runs of a number of epochs, at least 1"),
+        (["data.root=/nope"], "/nope: does not exist; wanted is a folder of pictures"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_nothing_is_begun(
+    table: Callable[..., Answer], tmp_path: Path, words: list[str], line: str
+) -> None:
+    answer = table(*words)
+    assert (answer.code, answer.err.count("\n")) == (2, 1), answer.err
+    assert answer.err.startswith(f"spp table: {line}")
+    assert {path.name for path in tmp_path.iterdir()} == {"conf"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"rows": "b"}, "rows=b: takes a list, like rows=[b,c], or null for all"),
+        ({"columns": []}, "columns=[]: takes a list, like columns=[zf5], or null for all"),
+        ({"seeds": None}, "seeds=None: use a whole number of at least 1"),
+        ({"seeds": True}, "seeds=True: use a whole number of at least 1"),
+        ({"seeds": 2.5}, "seeds=2.5: use a whole number of at least 1"),
+        (
+            {"precision": 1},
+            "precision and most go together: until known to ± precision, but with no more than most seeds",
+        ),
+        ({"most": 9}, "precision and most go together: until known to ± precision, but with no more than most seeds"),
+        ({"precision": "x", "most": 9}, "precision=x: use percent points above 0, like 0.5"),
+        ({"precision": 1, "most": 4}, "most=4: use a whole number of at least 5"),
+        ({"precision": 1, "most": 1, "seeds": 1}, "most=1: use a whole number of at least 2"),
+        ({"margin": 0}, "margin=0: use percent points above 0, like 0.5"),
+        ({"margin": None}, "margin=None: use percent points above 0, like 0.5"),
+        ({"results": "log.txt"}, "results=log.txt: log.txt is a file; name a folder"),
+        ({"output": "log.txt/x"}, "output=log.txt/x: log.txt is a file; name a folder"),
+        ({"results": None}, "results=None: takes a folder, like results=mine"),
+    ],
+    ids=str,
+)
+def test_what_the_tables_own_settings_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], line: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("log.txt").touch()
+    defaults: Any = OmegaConf.to_container(OmegaConf.load(conf_folder() / "table.yaml"))
+    own = {key: value for key, value in defaults.items() if key not in ("defaults", "hydra")}
+    _check(OmegaConf.create(own))
+    with pytest.raises(ValueError) as caught:
+        _check(OmegaConf.create({**own, **settings}))
+    assert str(caught.value) == line
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    own = {"seeds": 1, "most": None, "precision": None, "margin": 1, "rows": None, "columns": None, "run": True}
+    with pytest.raises(ValueError, match="^results=x: . cannot be written; name another folder$"):
+        _check(OmegaConf.create({**own, "results": "x", "output": None}))
+
+
+def test_a_size_that_a_net_does_not_take_is_named_before_anything_is_begun(
+    table: Callable[..., Answer], tmp_path: Path
+) -> None:
+    path = tmp_path / "conf" / "table" / "mine.yaml"
+    path.write_text(TABLE.replace("sizes: [28]", "sizes: [28, 2]"))
+    answer = table("seeds=1")
+    assert answer.code == 2 and answer.err.startswith("spp table: center_crop@2: the net does not take images of 2 px")
+    path.write_text(TABLE.replace("table2b_single_size", "table2a_no_spp"))
+    answer = table("seeds=1")
+    assert answer.err == (
+        "spp table: b, tiny is the same run as a, tiny, tested the same way: what is typed here takes the place of "
+        "what sets them apart\n"
+    )
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_equal_cost_gives_the_cheaper_rows_more_epochs(table: Callable[..., Answer], tmp_path: Path) -> None:
+    path = tmp_path / "conf" / "table" / "mine.yaml"
+    path.write_text(TABLE.replace("table2b_single_size", "table2c_multi_size").replace("2a_no_spp", "2b_single_size"))
+    assert table("seeds=1", "trainer.max_epochs=40", "same_compute=true", "rows=[a,b]").code == 0
+    # 26 and 32 px in turn cost 22.058 / 22.922 of 32 px throughout, of this net: 41.6 epochs, and the last at 32 px.
+    assert [run["trainer.max_epochs"] for run in begun(tmp_path)] == ["40", "42"]
+    assert (tmp_path / "tables" / "mine_same_compute" / "table.md").is_file()
+
+
+# The real thing
+
+
+def spp_table(folder: Path, small: list[str], *words: str) -> list[str]:
+    return [sys.executable, "-m", "spp_cls", "table", "mine", *small, "seeds=2", *words]
+
+
+@pytest.mark.slow
+def test_a_table_that_is_killed_is_the_one_that_was_not(small: list[str], tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    folders = [tmp_path / name for name in ("whole", "killed")]
+    for folder in folders:
+        (folder / "conf" / "table").mkdir(parents=True)
+        (folder / "conf" / "table" / "mine.yaml").write_text(TABLE)
+    whole, killed = folders
+
+    def run(folder: Path, *words: str) -> None:
+        command = spp_table(folder, small, *words)
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0, done.stderr
+
+    run(whole, "at_once=2")
+    # Killed once the first run has begun, once it has a checkpoint, and once two runs are done.
+    for moment in ("key", "last.ckpt", "results.json"):
+        process = subprocess.Popen(spp_table(killed, small), cwd=killed, env=environment, stderr=subprocess.DEVNULL)
+        wanted = 2 if moment == "results.json" else 1
+        until = time.monotonic() + 120
+        while len(list(killed.glob(f"runs/mine/**/{moment}"))) < wanted:
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run(killed)
+    for name in ("top1_error.csv", "top1_error.tex"):
+        assert (killed / "tables" / "mine" / name).read_bytes() == (whole / "tables" / "mine" / name).read_bytes()
+    assert len(cells(whole)) > 2
+
+    # Two machines: each has the rows of one seed; together they are the table.
+    (both := tmp_path / "both").mkdir()
+    shutil.copytree(whole / "conf", both / "conf")
+    for name, folder, seed in (("a", whole, 0), ("b", killed, 1)):
+        rows = [row for row in read_rows([folder / "results"]).values() if row["seed"] == seed]
+        assert len(rows) == 2
+        (both / "results").mkdir(exist_ok=True)
+        (both / "results" / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    run(both)
+    assert not (both / "runs" / "mine").exists()
+    csv_ = Path("tables", "mine", "top1_error.csv")
+    assert (both / csv_).read_bytes() == (whole / csv_).read_bytes()
+
+
+def test_nothing_of_a_table_is_imported_for_its_help(spp: Spp) -> None:
+    answer: Any = spp("table", "--help")
+    assert answer.code == 0 and "table=table2 " in answer.out and "same_compute: false" in answer.out
