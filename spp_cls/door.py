@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
+import functools
 import os
 import re
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -360,15 +362,21 @@ def _choices(override: Override) -> list[str]:
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
-def compose(name: str, words: list[str], keep_hydra: bool = False) -> DictConfig:
+def compose(name: str, words: Sequence[str], keep_hydra: bool = False) -> DictConfig:
+    """The config `name` with the settings `words`, and which file of each group it took known to `${choice:…}`."""
+    config = copy.deepcopy(_composed(name, tuple(words)))
+    _choices_of_command.update({str(k): str(v) for k, v in config.hydra.runtime.choices.items()})
+    with open_dict(config):
+        if not keep_hydra:
+            del config["hydra"]
+    return config
+
+
+@functools.lru_cache(maxsize=64)  # what is typed is composed to be checked, and again to be used
+def _composed(name: str, words: tuple[str, ...]) -> DictConfig:
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3", job_name=name):
-        config = hydra.compose(name, words, return_hydra_config=True)
-        _choices_of_command.update({str(k): str(v) for k, v in config.hydra.runtime.choices.items()})
-        with open_dict(config):
-            if not keep_hydra:
-                del config["hydra"]
-        return config
+        return hydra.compose(name, list(words), return_hydra_config=True)
 
 
 def _compose_or_explain(name: str, words: list[str], overrides: list[Override]) -> None:
@@ -431,7 +439,8 @@ def _explain(name: str, words: list[str], message: str) -> str:
 
 def _is(what: Callable[[Any, str], bool], config: DictConfig, key: str) -> bool:
     folder, _, last = key.rpartition(".")
-    return bool(what(OmegaConf.select(config, folder) if folder else config, last))
+    holder = OmegaConf.select(config, folder) if folder else config
+    return OmegaConf.is_config(holder) and bool(what(holder, last))  # the keys of a space have dots themselves
 
 
 def _choices_of(group: str) -> list[Path]:

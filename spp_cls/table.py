@@ -62,7 +62,9 @@ def run(config: DictConfig) -> None:
         first = {(job.key, job.tests): job for job in reversed(every)}  # cells may share runs
         in_turn = [job for job in every if first[job.key, job.tests] is job]
         _say(spec, in_turn, rows, plans, wanted)
-        failed = _do(in_turn, places, rows, results / f"{choice}.jsonl") if config.run else 0
+        failed = (
+            _do(in_turn, jobs.in_group(places, output.name), rows, results / f"{choice}.jsonl") if config.run else 0
+        )
         runs = {
             cell: {seed: rows[job.key] for seed, job in by_seed.items() if job.key in rows}
             for cell, by_seed in wanted.items()
@@ -300,10 +302,11 @@ def _write(spec: Spec, runs: Any, plans: Any, config: DictConfig, words: list[st
     found = tables.fill(spec, runs, names, config.margin, level)
     notes = _notes(spec, runs, config, words)
     found = [_with_notes(table, notes) for table in found]
+    sized = tables.by_size(spec, runs, config.margin, level)
     drawn = tables.figures(spec, runs, names, level)
     costs = tables.costs(spec, runs, {cell: plan.flops for cell, plan in plans.items()}, level)
     costs += tables.costs_of_tests(spec, runs, names, level)
-    text = "\n".join(f"{render.markdown(table)}\n" for table in (*found, *costs))
+    text = "\n".join(f"{render.markdown(table)}\n" for table in (*found, *sized, *costs))
     write_whole(output / "table.md", text)
     for table, metric in zip(found, spec.metrics, strict=True):
         write_whole(output / f"{metric}.csv", render.as_csv(table))
@@ -311,7 +314,11 @@ def _write(spec: Spec, runs: Any, plans: Any, config: DictConfig, words: list[st
     for name, figure in drawn.items():
         for form in ("svg", "pdf"):
             render.draw(figure, output / f"{name}.{form}")
-    page = Page(spec.title, spec.about, (*found, *costs), tuple(drawn.values()), notes, OmegaConf.to_yaml(config))
+    for number, table in enumerate(sized):
+        write_whole(output / f"test_sizes{number or ''}.csv", render.as_csv(table))
+    page = Page(
+        spec.title, spec.about, (*found, *sized, *costs), tuple(drawn.values()), notes, OmegaConf.to_yaml(config)
+    )
     write_whole(output / "index.html", render.html(page))
     return found
 

@@ -238,6 +238,44 @@ def _table(spec: Spec, runs: Runs, names: Names, metric: str, margin: float, lev
     return Table(title, spec.about, rows, columns, cells, tuple(differences))
 
 
+def by_size(spec: Spec, runs: Runs, margin: float, level: float = 0.95) -> list[Table]:
+    """A table of the error at each of the table's test sizes, by centre crop, for each net that was trained."""
+    rows = {row: part for row, part in spec.rows.items() if not part.average}
+    sizes = {str(size): Part(f"{size} px") for size in spec.sizes}
+    tables = []
+    for column, name in _nets(spec).items() if sizes else ():
+        of_sizes = replace(
+            spec,
+            title=f"{spec.title}{name}, by test size",
+            about="One view, the centre of the picture.",
+            rows=rows,
+            columns=sizes,
+            compare=tuple(pair for pair in spec.compare if all(one in rows for one in pair)),
+            paper={},
+        )
+        same = {(row, size): runs.get((row, column), {}) for row in rows for size in sizes}
+        names = {(row, size): (f"center_crop@{size}",) for row in rows for size in sizes}
+        tables.append(_table(of_sizes, same, names, "top1_error", margin, level))
+    return tables
+
+
+def _nets(spec: Spec) -> dict[str, str]:
+    """The columns that train nets of their own, each with how a title names it; others test the same nets otherwise."""
+    first: dict[tuple[str, ...], str] = {}
+    for column, part in spec.columns.items():
+        first.setdefault(part.settings, column)
+    return {column: f", {spec.columns[column].name}" if len(first) > 1 else "" for column in first.values()}
+
+
+def _trained(spec: Spec, runs: Runs, column: str) -> list[str]:
+    """The rows that train nets of their own in `column`, and have; others test the same nets otherwise."""
+    first: dict[tuple[str, ...], str] = {}
+    for row, part in spec.rows.items():
+        if runs.get((row, column)) and not part.average:
+            first.setdefault(part.settings, row)
+    return list(first.values())
+
+
 def parts_of(test: str) -> list[str]:
     """The tests that the cell of a table needs: one, or both of a difference like center_crop - train/center_crop."""
     return test.split(" - ")
@@ -305,15 +343,14 @@ def average(spec: Spec, row: str, column: str, runs: Runs, name: str, read: Any)
 def figures(spec: Spec, runs: Runs, names: Names, level: float = 0.95) -> dict[str, Figure]:
     """File name → figure: error by row, error against test size, learning curves."""
     found = {"errors": _errors(spec, runs, names, level)}
-    for column, own in spec.columns.items():
-        suffix = f"_{column}" if len(spec.columns) > 1 else ""
-        name = f", {own.name}" if len(spec.columns) > 1 else ""
-        trained = [row for row in spec.rows if runs.get((row, column)) and not spec.rows[row].average]
+    for column, name in _nets(spec).items():
+        suffix = f"_{column}" if name else ""
+        trained = _trained(spec, runs, column)
         if spec.sizes and trained:
             curves, marks = [], set()
             for row in trained:
-                by_size = {size: _top1(runs[row, column], [f"center_crop@{size}"], level) for size in spec.sizes}
-                known = {size: one for size, one in by_size.items() if one is not None}
+                found_at = {size: _top1(runs[row, column], [f"center_crop@{size}"], level) for size in spec.sizes}
+                known = {size: one for size, one in found_at.items() if one is not None}
                 curves.append(Curve(spec.rows[row].name, tuple(map(float, known)), tuple(known.values())))
                 marks |= _training_sizes(runs[row, column])
             found[f"sizes{suffix}"] = Figure(
@@ -374,8 +411,8 @@ def costs(spec: Spec, runs: Runs, flops: Mapping[tuple[str, str], float], level:
     `flops` are of the whole training of a run, where they are known. Times are compared where all runs had one device.
     """
     tables = []
-    for column, own in spec.columns.items():
-        trained = [row for row, part in spec.rows.items() if runs.get((row, column)) and not part.average]
+    for column, name in _nets(spec).items():
+        trained = _trained(spec, runs, column)
         cells: dict[tuple[str, str], Cell] = {}
         heads = ("images/s", "minutes a run", "time, % of the first", "FLOPs, % of the first")
         for row in trained:
@@ -396,7 +433,7 @@ def costs(spec: Spec, runs: Runs, flops: Mapping[tuple[str, str], float], level:
                 share = 100 * flops[row, column] / flops[trained[0], column]
                 cells[label, heads[3]] = Cell(None, Estimate(share, nan, nan, len(by_seed)))
         if trained:
-            title = f"{spec.title}: cost" + (f", {own.name}" if len(spec.columns) > 1 else "")
+            title = f"{spec.title}{name}: cost"
             rows = tuple(spec.rows[row].name for row in trained)
             tables.append(Table(title, "", rows, heads, cells, unit=""))
     return tables

@@ -15,7 +15,20 @@ from omegaconf import OmegaConf
 from spp_cls import build, tables
 from spp_cls.door import compose, conf_folder, register_resolvers
 from spp_cls.results import Row, wrong
-from spp_cls.tables import Spec, average, chosen, costs, figures, fill, last_wins, needed, spec_of, widths
+from spp_cls.tables import (
+    Spec,
+    average,
+    by_size,
+    chosen,
+    costs,
+    costs_of_tests,
+    figures,
+    fill,
+    last_wins,
+    needed,
+    spec_of,
+    widths,
+)
 
 T2 = 4.302652729911275  # Student's t at 97.5 %, 2 degrees of freedom
 
@@ -209,13 +222,13 @@ def test_figures_by_hand() -> None:
     of = spec(sizes=[26, 40], rows={"a": {"name": "no SPP"}}, compare=[], paper={})
     tests = [spp_train_stub.test(name, error) for name, error in (("ten_crop@32", 25), ("center_crop@40", 35))]
     found = figures(of, {("a", "zf5"): {0: a_run(*tests)}}, names_of(of))
-    assert set(found) == {"errors", "sizes_zf5", "learning_zf5"}
+    assert set(found) == {"errors", "sizes", "learning"}  # of one net, whose second column is another test of it
     (bars, empty) = found["errors"].curves
     assert (bars.x, [one.mean for one in bars.estimates], empty.x) == (("no SPP",), [25], ())
-    (curve,) = found["sizes_zf5"].curves
+    (curve,) = found["sizes"].curves
     assert (curve.x, [one.mean for one in curve.estimates]) == ((40.0,), [35])
-    assert found["sizes_zf5"].marks == (26.0, 32.0)
-    learning = {curve.name: (curve.x, [one.mean for one in curve.estimates]) for curve in found["learning_zf5"].curves}
+    assert found["sizes"].marks == (26.0, 32.0)
+    learning = {curve.name: (curve.x, [one.mean for one in curve.estimates]) for curve in found["learning"].curves}
     assert learning == {"no SPP, 26 px": ((1.0,), [60.0]), "no SPP, 32 px": ((2.0,), [50.0])}
 
 
@@ -231,6 +244,36 @@ def test_costs_by_hand() -> None:
     assert found["no SPP", "minutes a run"] == 1.5 and found["SPP", "images/s"] == 100
     assert found["SPP", "time, % of the first"] == pytest.approx(150)  # seed 0 alone: seed 1 had another device
     assert found["SPP", "FLOPs, % of the first"] == pytest.approx(150)
+
+
+def test_a_table_of_test_sizes_by_hand() -> None:
+    of = spec(sizes=[26, 40])
+    at = {seed: [spp_train_stub.test(f"center_crop@{size}", seed + size) for size in (26, 40)] for seed in (0, 1)}
+    runs = {
+        ("a", "zf5"): {seed: a_run(*tests) for seed, tests in at.items()},
+        ("b", "zf5"): {0: a_run(spp_train_stub.test("center_crop@40", 39))},
+    }
+    (table,) = by_size(of, runs, margin=0.5)
+    assert (table.rows, table.columns) == (("no SPP", "SPP"), ("26 px", "40 px"))
+    means = {cell: one.ours.mean for cell, one in table.cells.items() if one.ours}
+    assert means == {("no SPP", "26 px"): 26.5, ("no SPP", "40 px"): 40.5, ("SPP", "40 px"): 39.0}
+    found = {(one.row, one.baseline, one.column): one.ours and one.ours.mean for one in table.differences}
+    assert found == {("SPP", "no SPP", "26 px"): None, ("SPP", "no SPP", "40 px"): -1.0}
+    assert by_size(spec(), runs, margin=0.5) == []
+
+
+def test_the_time_of_tests_by_hand() -> None:
+    def timed(name: str, seconds: float | None) -> Row:
+        return {**spp_train_stub.test(name, 10), "seconds": seconds}
+
+    runs = {("a", "zf5"): {0: a_run(timed("ten_crop@32", 2.0), timed("full_image@32", None))}}
+    (table,) = costs_of_tests(spec(), runs, names_of(spec()))
+    images = spp_train_stub.test("ten_crop@32", 10)["images"]
+    assert {cell: one.ours and one.ours.mean for cell, one in table.cells.items()} == {
+        ("no SPP", "ZF-5"): pytest.approx(2000 / images)
+    }
+    alike = spec(columns={"zf5": {"settings": ["model=zf5"]}}, compare=[], paper={})
+    assert costs_of_tests(alike, runs, names_of(alike)) == []  # all cells are tested in one way
 
 
 # Mistakes in a table
