@@ -18,6 +18,7 @@ VERBS = {
     "plan": "print what a training run would do and cost, and what would limit it here",
     "check": "read every file of a data set, and say what is in it and what is wrong with it",
     "table": "a table of the paper: run what it needs, write it with its intervals",
+    "sweep": "look for good settings: trials of a space, by Optuna's samplers and pruners",
     "runs": "list runs: state, errors, cost, and in which settings they differ",
     "report": "one HTML page of a run, or of many: curves, errors, mistakes, what mattered",
     "log": "write the dashboard of runs anew from their histories: TensorBoard, Weights & Biases, CSV",

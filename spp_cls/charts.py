@@ -288,7 +288,8 @@ def matrix(counts: Any, classes: Sequence[str]) -> str:
         )
         if number <= 20:
             at = f'x="{x + cell / 2:.0f}" y="{y + cell / 2:.0f}"'
-            parts.append(f'<text class="count" {at}>{label(float(counts[i, j]))}</text>')
+            kind = "count light" if shares[i, j] > 0.5 else "count"
+            parts.append(f'<text class="{kind}" {at}>{label(float(counts[i, j]))}</text>')
     for i, name in enumerate(classes if named else ()):
         middle = margin + cell * (i + 0.5)
         text = escape(cut(name, 18))
@@ -318,6 +319,7 @@ svg text.x,svg text.count{{text-anchor:middle}}svg text.y{{text-anchor:end;domin
 svg text.up{{dominant-baseline:central}}svg text.title{{fill:var(--1f2430)}}
 svg text.halo{{paint-order:stroke;stroke:var(--ffffff);stroke-width:4px}}
 svg text.count{{dominant-baseline:central;fill:var(--1f2430)}}
+svg text.light{{fill:var(--ffffff)}}
 svg .grid{{stroke:var(--d5d9e0);stroke-width:.8}}svg .base{{stroke:var(--5b6270);stroke-width:1}}
 svg .line{{fill:none;stroke:var(--c);stroke-width:1.6;stroke-linejoin:round;stroke-linecap:round}}
 svg .dot{{stroke:var(--c);stroke-width:6.5;stroke-linecap:round;stroke-dasharray:none}}

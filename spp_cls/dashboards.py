@@ -313,7 +313,7 @@ def _end_tensorboard(
         if mistakes is not None:
             show("test/mistakes", last, encoded(mistakes, "JPEG"), *mistakes.shape[:2])
     # Without what says which settings there are: TensorBoard would take one run's for all, instead of looking at each.
-    _, began, done = hparams(settings, {})
+    _, began, done = hparams(settings, {})  # type: ignore[no-untyped-call]
     summaries += [(last, began), *([(last, done)] if ended else [])]
     for old in _end_files(logger):
         old.unlink()

@@ -64,7 +64,7 @@ class LedgerLauncher(Launcher):
     ) -> tuple[list[Job], list[dict[str, str]]]:
         """The jobs, and a place for each of those that run at once."""
         from .build import composed, job_of
-        from .jobs import places
+        from .jobs import in_group, places
 
         assert self.config is not None
         search = searched(self.config.hydra.runtime.config_sources)
@@ -83,7 +83,8 @@ class LedgerLauncher(Launcher):
             jobs.append(job_of(config, [*words, *search], sweep / str(number), name))
             trainers.append(config.trainer)
         most = max(trainers, key=lambda trainer: int(trainer.devices) if str(trainer.devices).isdecimal() else 1)
-        return jobs, places(self.at_once, most.devices, most.accelerator)
+        group = "-".join(sweep.parts[-2:])  # its name and when it began
+        return jobs, in_group(places(self.at_once, most.devices, most.accelerator), group)
 
 
 def register() -> None:

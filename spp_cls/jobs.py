@@ -140,6 +140,11 @@ def places(at_once: int | None, devices: Any, accelerator: str) -> list[dict[str
     return found
 
 
+def in_group(places: Sequence[dict[str, str]], name: str) -> list[dict[str, str]]:
+    """`places`, and for Weights & Biases that the runs there belong together; a group of the user's own stays."""
+    return [{"WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP") or name, **place} for place in places]
+
+
 def run_jobs(
     jobs: Sequence[Job],
     places: Sequence[dict[str, str]],

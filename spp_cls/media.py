@@ -29,7 +29,7 @@ from .run import write_json
 MEDIA = "media"  # a folder of the run
 LARGEST = 224  # px of the longer side of a picture that is kept
 TILES = 64  # of the first batch, at most
-WIDTH = 1024  # px of a grid, about
+WIDTH = 1400  # px of a grid, about
 CAPTION = 30  # px below a picture in a grid, for two lines
 
 Row = dict[str, Any]
@@ -182,7 +182,7 @@ def grid(tiles: Sequence[Pixels], captions: Sequence[str] = ()) -> Pixels:
 
 def draw_confusion(matrix: Counts, classes: Sequence[str]) -> Pixels:
     """A picture: rows are labels, columns answers, shade the share of the row; blue is right, red is wrong."""
-    cell = max(1, min(22, WIDTH // len(classes)))
+    cell = max(1, min(22, 1000 // len(classes)))
     shares = (matrix / np.maximum(1, matrix.sum(1, keepdims=True)))[..., None]
     right = np.eye(len(classes), dtype=bool)[..., None]
     colours = np.where(right, (33, 102, 172), (178, 24, 43))
@@ -211,7 +211,7 @@ def draw_mistakes(tested: LastTest, number: int) -> Pixels | None:
     if not wrong:
         return None
     tiles = [np.asarray(Image.open(tested.file(each)).convert("RGB")) for each in wrong]
-    return grid(tiles, [f"{each['label']}\nnot {each['answer']}, {each['probability']:.2f}" for each in wrong])
+    return grid(tiles, [f"is {each['label']}\nsaid {each['answer']}, {each['probability']:.2f}" for each in wrong])
 
 
 def encoded(pixels: Pixels, kind: str = "PNG") -> bytes:

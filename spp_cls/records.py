@@ -86,8 +86,8 @@ def _walk(place: Path) -> Iterator[Path]:
 
 def read_record(folder: Path) -> Record:
     """The record of the run of `folder`; what is damaged or missing there is left out, and never raises."""
-    config, about = dict(_flat(read_config(folder))), _object(folder / "environment.json")
-    results, timing = _object(folder / RESULTS), json_lines(folder / "timing.jsonl")
+    config, about = dict(_flat(read_config(folder))), read_json(folder / "environment.json")
+    results, timing = read_json(folder / RESULTS), json_lines(folder / "timing.jsonl")
     state, why = _state(folder, bool(results))
     metrics = _numbers(results)
     for test in _tests(results):
@@ -165,7 +165,8 @@ def epoch_rows(folder: Path) -> list[Row]:
     return [row for row in rows if isinstance(row.get("epoch"), int)]
 
 
-def _object(path: Path) -> Row:
+def read_json(path: Path) -> Row:
+    """The object that a file holds; empty where it holds none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

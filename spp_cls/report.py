@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import math
 import os
 import re
@@ -19,18 +18,45 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from omegaconf import DictConfig
 
+from .charts import (
+    Series,
+    axis_of,
+    chart,
+    css,
+    downsample,
+    legend,
+    look_of,
+    matrix,
+    parallel,
+    shade_of,
+    smooth,
+)
 from .door import names_apart, open_door, quoted, typed
-from .records import NONE
-
-if TYPE_CHECKING:
-    from .charts import Series
-    from .records import Record
+from .evaluate import confusion_matrix, per_class
+from .records import (
+    NONE,
+    Record,
+    differing,
+    duration,
+    epoch_rows,
+    find_runs,
+    json_lines,
+    metric_name,
+    printable,
+    read_json,
+    read_record,
+    short_names,
+    short_value,
+    text,
+)
+from .render import document
+from .run import write_whole
 
 NAMED = 24  # runs that have a colour each; of more the colour is the metric
 STEPS_OF = 8  # runs whose losses are shown by step
@@ -45,9 +71,6 @@ Row = dict[str, Any]
 
 def run(config: DictConfig) -> None:
     """Everything that `spp report` does with a config."""
-    from .records import find_runs, metric_name, printable, read_record
-    from .run import write_whole
-
     began = time.perf_counter()
     named = [config.run] if isinstance(config.run, str) else list(config.run)
     records = sorted(map(read_record, find_runs(Path(str(name)) for name in named)), key=lambda each: each.started)
@@ -70,24 +93,19 @@ def run(config: DictConfig) -> None:
 
 def page(records: Sequence[Record], metric: str) -> str:
     """The HTML file of one run or of several."""
-    from . import charts
-    from .render import document
-
     title = Path(records[0].run).name if len(records) == 1 else f"{len(records)} runs"
     sections = _of_one(records[0], metric) if len(records) == 1 else _of_many(records, metric)
     body = "\n".join(part for part in sections if part)
     style, script = (Path(__file__).with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".css", ".js"))
-    return document(title, body, charts.css() + style, script)
+    return document(title, body, css() + style, script)
 
 
 # One run
 
 
 def _of_one(record: Record, metric: str) -> list[str]:
-    from .records import json_lines
-
     history = json_lines(record.folder / "history.jsonl")
-    about = _facts_of(record.folder)
+    about = read_json(record.folder / "environment.json")
     return [
         f"<h1>{escape(Path(record.run).name)}</h1>",
         _facts_of_one(record, about, metric),
@@ -99,17 +117,7 @@ def _of_one(record: Record, metric: str) -> list[str]:
     ]
 
 
-def _facts_of(folder: Path) -> Row:
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-    return {}
-
-
 def _facts_of_one(record: Record, about: Row, metric: str) -> str:
-    from .records import duration
-
     versions = about.get("versions") if isinstance(about.get("versions"), dict) else {}
     command = about.get("command") if isinstance(about.get("command"), list) else []
     speed = NONE if record.images_per_s is None else f"{record.images_per_s:.0f}"
@@ -138,8 +146,6 @@ def _event(row: Row) -> str:
 
 def _learning(history: Sequence[Row]) -> list[str]:
     """Charts of losses and errors by epoch, for each training size, and of the losses of steps."""
-    from .charts import Series, chart, downsample, look_of, smooth
-
     steps = [row for row in history if all(_is_number(row.get(name)) for name in ("epoch", "step", "size", "loss"))]
     epoch, step, size, loss = (
         np.array([row[name] for row in steps], float) for name in ("epoch", "step", "size", "loss")
@@ -196,8 +202,6 @@ def _size_of_epochs(epoch: npt.NDArray[np.float64], groups: Mapping[str, npt.NDA
 
 def _costs(folder: Path, history: Sequence[Row]) -> list[str]:
     """Charts of the learning rate, and of what `timing.jsonl` says of each epoch."""
-    from .charts import chart
-    from .records import json_lines
 
     def of(rows: Sequence[Row], x: str, y: str, factor: float = 1) -> list[Series]:
         pairs = [(row[x], factor * row[y]) for row in rows if _is_number(row.get(x)) and _is_number(row.get(y))]
@@ -222,8 +226,6 @@ def _is_number(value: Any) -> bool:
 
 def _curve(name: str, x: Any, y: Any, look: str, run: int | None = None, most: int = 400) -> Series:
     """A curve in at most `most` points; of values in several files, by their x."""
-    from .charts import Series, downsample
-
     x, y = np.asarray(x, float), np.asarray(y, float)
     order = np.argsort(x, kind="stable")
     buckets = downsample(x[order], y[order], most)
@@ -232,17 +234,14 @@ def _curve(name: str, x: Any, y: Any, look: str, run: int | None = None, most: i
 
 def _tests(record: Record) -> str:
     """A table of all tests, those of `spp evaluate` among them, and errors by size for each kind of views."""
-    from .charts import Series, chart, look_of
-
     rows: list[list[Any]] = []
     for name in dict.fromkeys(metric.rpartition("/")[0] for metric in record.metrics):
         if name not in ("train", "val"):
             errors = [record.metrics.get(f"{name}/top{k}_error") for k in (1, 5)]
             rows.append(["at the end" if name == "test" else name, *errors])
     for path in sorted((record.folder / "evaluations").glob("*/results.json")):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            found = json.loads(path.read_text(encoding="utf-8"))
-            rows.append([f"evaluations/{path.parent.name}", found.get("top1_error"), found.get("top5_error")])
+        found = read_json(path)
+        rows.append([f"evaluations/{path.parent.name}", found.get("top1_error"), found.get("top5_error")])
     series = [Series(views, *points, look_of(i)) for i, (views, points) in enumerate(_by_size(record).items())]
     drawn = chart("Top-1 error by test size", series, "test size, px", "error, %")
     return _charts([drawn, _table(["test", "top-1 error, %", "top-5 error, %"], rows)]) if rows else ""
@@ -262,12 +261,15 @@ class Answers:
     paths: tuple[str, ...]
 
 
+_DAMAGE = (OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile)  # what numpy says of no .npz
+
+
 def answers_of(folder: Path) -> Answers | None:
     """The newest class probabilities that `spp evaluate`, or else `keep_scores`, has left in a run folder."""
     evaluated = sorted((folder / "evaluations").glob("*/scores.npz"), key=lambda path: path.stat().st_mtime)
     kept = sorted((folder / "scores").glob("*.npz"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in [*reversed(evaluated), *kept]:
-        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(path) as found:
+        with contextlib.suppress(*_DAMAGE), path.open("rb") as file, np.load(file) as found:
             labels, scores = found["labels"].astype(np.int64), found["scores"].astype(np.float32)
             number = scores.shape[1]
             classes = found["classes"].tolist() if "classes" in found else [f"class {k}" for k in range(number)]
@@ -279,9 +281,6 @@ def answers_of(folder: Path) -> Answers | None:
 
 
 def _classes(record: Record, about: Row) -> str:
-    from .charts import matrix
-    from .evaluate import confusion_matrix, per_class
-
     found = answers_of(record.folder)
     how = f"spp evaluate run={record.run}"
     if found is None:
@@ -353,9 +352,6 @@ def _thumbnail(root: Path, path: str) -> str | None:
 
 
 def _of_many(records: Sequence[Record], metric: str) -> list[str]:
-    from .charts import look_of, shade_of
-    from .records import differing, duration, short_names
-
     above = os.path.commonpath([record.folder.absolute().parent for record in records])
     records = [replace(record, run=os.path.relpath(record.folder, above)) for record in records]
     differ = differing(records)
@@ -363,7 +359,7 @@ def _of_many(records: Sequence[Record], metric: str) -> list[str]:
     values = np.array([record.metrics.get(metric, math.nan) for record in records])
     ranks = _ranks(values)
     looks = [look_of(i) if len(records) <= NAMED else shade_of(rank) for i, rank in enumerate(ranks)]
-    abouts = [_facts_of(record.folder) for record in records]
+    abouts = [read_json(record.folder / "environment.json") for record in records]
     commits = sorted({str(about["spp_cls_commit"])[:12] for about in abouts if about.get("spp_cls_commit")})
     machines = sorted({f"{about.get('host')}: {record.device}" for about, record in zip(abouts, records, strict=True)})
     states = Counter(record.state for record in records)
@@ -402,8 +398,6 @@ def _runs(
     short: Mapping[str, str],
     looks: Sequence[str],
 ) -> str:
-    from .records import short_value
-
     every = dict.fromkeys(name for record in records for name in record.metrics if name.endswith("/top1_error"))
     tests = [name for name in every if name not in (metric, "train/top1_error", "val/top1_error")][:TESTS]
     made = [name if name == "test/top1_error" else name.rpartition("/")[0] for name in tests]
@@ -418,9 +412,6 @@ def _runs(
 
 
 def _overlaid(records: Sequence[Record], metric: str, looks: Sequence[str]) -> str:
-    from .charts import Series, chart, legend, smooth
-    from .records import epoch_rows, json_lines
-
     most = max(30, min(400, POINTS // len(records)))
     histories = [epoch_rows(record.folder) for record in records]
     drawn = []
@@ -481,8 +472,6 @@ def what_mattered(differ: Mapping[str, Sequence[Any]], metric: npt.NDArray[np.fl
     """
     from scipy.stats import spearmanr
 
-    from .records import text
-
     known = np.isfinite(metric)
     found: dict[str, Importance] = {}
     y = metric[known]
@@ -512,8 +501,6 @@ def changed_together(differ: Mapping[str, Sequence[Any]]) -> dict[str, list[str]
 
     Where each run has a value of its own, as in a random search, that says nothing of the kind.
     """
-    from .records import text
-
     found: dict[str, list[str]] = {}
     first: dict[tuple[int, ...], str] = {}
     for key, values in differ.items():
@@ -535,9 +522,6 @@ def _sweep(
     ranks: Sequence[float],
 ) -> str:
     """Parallel coordinates, importance, and the metric against each setting."""
-    from .charts import Series, axis_of, chart, parallel, shade_of
-    from .records import short_value
-
     importance = what_mattered(differ, values)
     if not importance:
         return _paragraph(f"Needs four runs with different {metric}.")
@@ -551,9 +535,8 @@ def _sweep(
             if numeric
             else [short_value(key, value) for value in differ[key]]
         )
-    order = sorted(
-        (i for i in range(len(records)) if math.isfinite(values[i])), key=lambda i: -values[i]
-    )  # best on top
+    known = [i for i in range(len(records)) if math.isfinite(values[i])]
+    order = sorted(known, key=lambda i: -values[i])  # the best is drawn last, on top
     shown = keys[:KEYS]
     axes = [(short[key], axis_of(columns[key])) for key in shown] + [(metric, axis_of(values.tolist(), log=False))]
     lines = [(records[i].run, [*(columns[key][i] for key in shown), values[i]], shade_of(ranks[i]), i) for i in order]
@@ -574,7 +557,7 @@ def _sweep(
         slices.append(chart(short[key], dots, short[key], metric, named=False))
     note = (
         f"Each line is a run; blue is the best {metric}, orange the worst. Share explained: of its variance over "
-        f" {len(order)} runs, what each setting explains by itself (epsilon squared; of a number with many values "
+        f"{len(order)} runs, what each setting explains by itself (epsilon squared; of a number with many values "
         "the squared rank correlation). What two settings do only together is not seen, and settings that were "
         "changed together cannot be told apart."
     )
@@ -588,8 +571,6 @@ def _sweep(
 
 
 def _shared(records: Sequence[Record]) -> str:
-    from .records import text
-
     first = records[0].config
     same = {key: value for key, value in first.items() if all(record.config.get(key) == value for record in records)}
     return "\n".join(f"{key}: {text(value)}" for key, value in same.items())

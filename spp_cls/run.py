@@ -4,7 +4,7 @@ config.yaml       the whole config, resolved        history.jsonl   a line a ste
 environment.json  command, commit, versions, hashes  timing.jsonl    where the time went
 results.json      errors at the end, all tests       checkpoints/    last.ckpt, best.ckpt
 tensorboard/      if that logger is on, as csv/,     evaluations/    what `spp evaluate` wrote
-                  and wandb/ with wandb_id
+                  and wandb/ with wandb_id       media/           pictures and tables that dashboards show
 events.jsonl      what happened to it: signals, resumes and what they changed
 exports/          what `spp export` wrote              key             a hash of what decides its result
 """

@@ -9,14 +9,28 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig
 
 from .door import names_apart, open_door, quoted
-
-if TYPE_CHECKING:
-    from .records import Record
+from .records import (
+    FIELDS,
+    NONE,
+    Record,
+    differing,
+    duration,
+    find_runs,
+    known_name,
+    metric_name,
+    parse_filter,
+    printable,
+    read_record,
+    short_names,
+    short_value,
+    sorted_by,
+    text,
+)
 
 PLACES = ("runs", "multiruns")
 METRIC, DIFFERS = "metric", "differs"  # columns that are no value of a run
@@ -25,13 +39,11 @@ COLUMNS = (
     *("train_seconds", "started", "images_per_s", "device", "key"),
 )
 HEADS = {"train_seconds": "time", "images_per_s": "images/s"}
-LEAST = 7  # letters that a column keeps
+LEAST = 16  # letters that a column keeps, as long as another can go instead
 
 
 def run(config: DictConfig) -> None:
     """Everything that `spp runs` does with a config."""
-    from .records import differing, find_runs, known_name, metric_name, parse_filter, read_record, sorted_by
-
     if config.limit is not None and config.limit < 1:
         raise ValueError(f"limit={config.limit}: give a number of runs, from 1 on")
     places = [Path(str(place)) for place in config.folders or ()] or [p for p in map(Path, PLACES) if p.is_dir()]
@@ -47,8 +59,8 @@ def run(config: DictConfig) -> None:
         if name not in (METRIC, DIFFERS, *COLUMNS):
             known_name(name, every, f"columns={name}")
     listed = [record for record in every if all(condition.holds(record) for condition in conditions)]
-    if listed:
-        listed = sorted_by(listed, metric if config.sort.lstrip("-") == METRIC else str(config.sort))[: config.limit]
+    order = {METRIC: metric, f"-{METRIC}": f"-{metric}"}.get(config.sort, str(config.sort))
+    listed = sorted_by(listed, order)[: config.limit] if listed else []
     if config.json:
         differ = differing(listed)
         for i, record in enumerate(listed):
@@ -67,8 +79,6 @@ def _is_of_use(name: str, records: Sequence[Record]) -> bool:
 
 def as_json(record: Record, differs: dict[str, Any]) -> str:
     """A line with all of a record but the settings that it shares with the other runs; what is no number is null."""
-    from .records import FIELDS
-
     metrics = {name: value if math.isfinite(value) else None for name, value in record.metrics.items()}
     fields = {name: record.value(name) for name in FIELDS}
     more = {"why": record.why, "of": record.of, "metrics": metrics, DIFFERS: differs}
@@ -77,8 +87,6 @@ def as_json(record: Record, differs: dict[str, Any]) -> str:
 
 def table(records: Sequence[Record], columns: Sequence[str], metric: str, width: int | None) -> str:
     """Lines of `records` under heads; what does not fit into `width` letters is cut, and last columns left out."""
-    from .records import differing, printable, short_names, short_value
-
     differ = differing(records)
     short = short_names(differ)
     heads = [printable(metric if name == METRIC else HEADS.get(name, name)) for name in columns]
@@ -88,29 +96,20 @@ def table(records: Sequence[Record], columns: Sequence[str], metric: str, width:
         cells = (said if name == DIFFERS else cell(record, metric if name == METRIC else name) for name in columns)
         rows.append([printable(text) for text in cells])
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    if width is not None:
-        fitted = _fit(widths, width)
-        left_out = heads[len(fitted) :]
-        widths = fitted
-    else:
-        left_out = []
+    fitted = widths if width is None else _fit(widths, width)
     right = [name not in ("run", "state", DIFFERS, "device", "started", "key") for name in columns]
     lines = []
     for row in [heads, *rows]:
-        parts = []
-        for text, wide, to_right, name in zip(row, widths, right, columns, strict=False):
-            short_text = _cut(text, wide, front=name == "run")
-            parts.append(short_text.rjust(wide) if to_right else short_text.ljust(wide))
-        lines.append("  ".join(parts).rstrip())
-    if left_out:
-        lines.append(f"(no room for {', '.join(left_out)}; choose by columns=[…], or pipe it)")
-    return "\n".join(lines) + "\n"
+        short_cells = [_cut(each, wide, name == "run") for each, wide, name in zip(row, fitted, columns, strict=False)]
+        sides = zip(short_cells, fitted, right, strict=False)
+        lines.append("  ".join(each.rjust(wide) if to_right else each.ljust(wide) for each, wide, to_right in sides))
+    if len(fitted) < len(heads):
+        lines.append(f"(no room for {', '.join(heads[len(fitted) :])}; choose by columns=[…], or pipe it)")
+    return "".join(f"{line.rstrip()}\n" for line in lines)
 
 
 def cell(record: Record, name: str) -> str:
     """What a column shows of a run."""
-    from .records import NONE, duration, text
-
     value = record.value(name)
     if name == "epochs":
         return f"{record.epochs}/{NONE if record.of is None else record.of}"

@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +30,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
-from optuna.storages.journal import BaseJournalFileLock, JournalFileBackend
+from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from . import jobs
@@ -119,7 +121,8 @@ def _of_numbers(key: str, of: Mapping[str, Any]) -> Dimension:
                 raise ValueError(f"space.{key}.{name}={value}: takes a whole number, because type is int")
         return Dimension(key, IntDistribution(int(low), int(high), log, 1 if step is None else int(step)))
     if step is not None:
-        high = low + step * math.floor((high - low) / step + 1e-9)  # the last that a step reaches
+        first, by = Decimal(str(low)), Decimal(str(step))
+        high = float(first + by * ((Decimal(str(high)) - first) // by))  # the last that a step reaches
     return Dimension(key, FloatDistribution(float(low), float(high), log, step))
 
 
@@ -171,7 +174,7 @@ class KernelLock(BaseJournalFileLock):
         self._lock.release()
 
 
-def open_study(storage: str, folder: Path, direction: str, pruner: BasePruner) -> Study:
+def open_study(storage: str, folder: Path, direction: Any, pruner: BasePruner) -> Study:
     """The study of the sweep in `folder`, made if there is none; `storage` is sqlite, journal or a database's URL."""
     folder.mkdir(parents=True, exist_ok=True)
     at = folder.absolute()

@@ -47,7 +47,7 @@ def config_with(**settings: Any) -> dict[str, Any]:
 
 
 def history(epochs: int, steps: int, error: float = 40.0, sizes: Sequence[int] = SIZES) -> list[dict[str, Any]]:
-    """`steps` steps an epoch whose loss is 4 − epoch + step/100, at the sizes in turn; the last epoch ends at `error`."""
+    """`steps` steps an epoch of loss 4 − epoch + step/100, at the sizes in turn; the last epoch ends at `error`."""
     rows: list[dict[str, Any]] = []
     for epoch in range(epochs):
         for step in range(steps):

@@ -191,5 +191,6 @@ def test_what_all_ranks_must_have_in_common() -> None:
     for key, value in (("optimizer.lr", 0.02), ("seed", 1), ("test", False), ("views", {"crops": "ten_crop"})):
         assert common(key, value) != same, key
     assert common("name", "a", index="y") != same != common("name", "a", pixels="jpeg cache")
-    mine = "callbacks.mine.path"
-    assert common(mine, "/runs/a/x") == common(mine, "/mnt/a/x", "/mnt/a") != common(mine, "/mnt/a/x")
+    here, there = ({"path": f"{place}/x"} for place in ("/runs/a", "/mnt/a"))  # mounted elsewhere
+    assert common("callbacks.mine", here) == common("callbacks.mine", there, "/mnt/a")
+    assert common("callbacks.mine", here) != common("callbacks.mine", there)

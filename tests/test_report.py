@@ -175,6 +175,8 @@ def test_answers_that_are_no_answers_are_passed_over(run: Path) -> None:
         assert answers_of(run) is None
     np.savez(path, labels=np.array([5]), scores=np.ones((1, 2)), classes=np.array(["a", "b"]), paths=np.array(["x"]))
     assert answers_of(run) is None  # a label that no class has
+    np.savez(path, labels=np.array([0]), scores=np.ones(2))
+    assert answers_of(run) is None
     np.savez(path, labels=np.array([{}], dtype=object), scores=np.ones((1, 2)))
     assert answers_of(run) is None  # what numpy would have to unpickle
 

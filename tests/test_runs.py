@@ -241,8 +241,8 @@ def test_the_table_fits_its_width_and_is_whole_without_one(runs: list[Path]) -> 
             for i, (rate, error) in enumerate({0.001: 40, 0.01: 30, 0.1: 50}.items())
         ),
     ]
-    least = 7 + 7 + 6 + 7 + 7 + 4 + 7 + 6 * 2  # of the widths above none is made narrower than 7
-    for width in (30, least - 1, least, 80, 100, 300):
+    least = 16 + 8 + 6 + 14 + 8 + 4 + 16 + 6 * 2  # a column of more than 16 letters gives way first
+    for width in (30, least - 1, least, 100, 300):
         lines = table(records, columns, "val/top1_error", width).splitlines()
         assert max(map(len, lines[:4])) <= width, width
         assert ("no room for" in lines[-1]) == (width < least)
@@ -269,6 +269,8 @@ def test_the_command(spp: Spp, runs: list[Path]) -> None:
     ]
     best = spp("runs", "runs", "sort=metric", "limit=1", "columns=[optimizer.lr,metric]")
     assert best.out.split() == ["optimizer.lr", "val/top1_error", "0.01", "30.00"]
+    worst = spp("runs", "runs", "sort=-metric", "limit=1", "columns=[metric]")
+    assert worst.out.split() == ["val/top1_error", "50.00"]
     some = spp("runs", "filter=val/top1_error<45", "filter=optimizer.lr<0.005 and seed=0", "json=true")
     (line,) = map(json.loads, some.out.splitlines())
     assert line["run"] == "runs/2026-01-01_12-00-00_1" and line["metrics"]["val/top1_error"] == 40.0
