@@ -12,7 +12,7 @@ from yaml import YAMLError
 
 from .door import key_of, names_apart, open_door, quoted
 
-KEPT = ("project", "entity", "group", "job_type", "name", "tags", "notes")
+KEPT = ("project", "entity", "group", "job_type", "name", "tags", "notes", "media")
 
 
 def run(config: DictConfig) -> None:
@@ -67,7 +67,9 @@ def run_config(folder: Path, config: DictConfig) -> DictConfig:
     said = {key_of(word) for word in HydraConfig.get().overrides.task}
     for name, one in own.logger.items():
         for key, value in (before.get(name) or {}).items():
-            plain = isinstance(value, str) or (isinstance(value, ListConfig) and all(isinstance(v, str) for v in value))
+            plain = isinstance(value, str | int) or (
+                isinstance(value, ListConfig) and all(isinstance(v, str) for v in value)
+            )
             if key in KEPT and plain and not {key, f"logger.{name}.{key}"} & said:
                 one[key] = value
     for key in ("name", "tags"):

@@ -160,7 +160,7 @@ def read_wandb_run(path: Path) -> WandbRun:
             run.end += sorted(name for name in names if name.startswith(AT_THE_END))
         if kind == "artifact" and record.artifact.type in ("dataset", "model", "evaluation"):
             one = record.artifact
-            run.artifacts.append((one.type, one.name, list(one.aliases), one.user_created, one.use_after_commit))
+            run.artifacts.append((one.type, one.name, sorted(one.aliases), one.user_created, one.use_after_commit))
         if kind == "alert":
             run.alerts.append((record.alert.level, record.alert.title))
     return run
@@ -168,7 +168,7 @@ def read_wandb_run(path: Path) -> WandbRun:
 
 def _put(into: Row, item: Any, less: str) -> None:
     *above, last = list(item.nested_key) or [item.key]
-    if (above or [last])[0].startswith(less):
+    if (above or [last])[0].startswith(less) or last.endswith("artifact_path"):  # which W&B draws anew each time
         return
     for key in above:
         into = into.setdefault(key, {})

@@ -49,8 +49,8 @@ def main() -> None:
     before = history.read_text().splitlines(keepends=True) if history.is_file() else []
     history.write_text("".join(before[: 2 * epoch]))
     do = words.get("do", "")
-    if do == "fail" or (do == "once" and not (folder / "failed").exists()):
-        (folder / "failed").touch()
+    if do == "fail" or (do == "once" and not Path(words["key"]).exists()):
+        Path(words["key"]).touch()
         print("loading\n\nspp train: that cannot be\n")
         sys.exit(2)
     if do == "kill":

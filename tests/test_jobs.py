@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock
 
 from spp_cls import jobs
-from spp_cls.jobs import Interrupted, Job, Outcome, folders_by_key, known_rows, places, run_jobs
+from spp_cls.jobs import Interrupted, Job, Outcome, folders_by_key, in_group, known_rows, places, run_jobs
 from spp_cls.results import Row, add_row, row_of, save_scores
 
 STUB = (sys.executable, "-S", str(Path(spp_train_stub.__file__)))
@@ -425,3 +425,10 @@ def test_processes_that_share_a_machine_share_its_cores(monkeypatch: pytest.Monk
 def test_a_number_of_runs_at_once_that_is_none(at_once: Any) -> None:
     with pytest.raises(ValueError, match=rf"^at_once={at_once}: use a whole number of runs of at least 1, or null$"):
         places(at_once, 1, "cpu")
+
+
+def test_runs_of_a_grid_or_table_are_a_group_unless_the_user_has_named_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
+    assert in_group([{}, {"A": "1"}], "g") == [{"WANDB_RUN_GROUP": "g"}, {"WANDB_RUN_GROUP": "g", "A": "1"}]
+    monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
+    assert in_group([{}], "g") == [{"WANDB_RUN_GROUP": "mine"}]

@@ -8,12 +8,11 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,61 +23,29 @@ import sweep_train_stub
 import yaml
 from conftest import Answer, Spp
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, TrialState
+from sweep_worker import SPACE, finished, look_often, made, wanted, worker
 
 from spp_cls import build, jobs, study, sweep
 from spp_cls.door import register_resolvers
 from spp_cls.jobs import Interrupted, Job
 from spp_cls.study import Claims, Files, History, Search, best_of, draw, open_study, search, seed_of, space_of
 
-STUB = (sys.executable, "-S", str(Path(sweep_train_stub.__file__)))
-SPACE = {"x": {"low": 0.0, "high": 1.0}, "n": {"low": 1, "high": 64, "log": True, "type": "int"}}
 DATABASE = os.environ.get("SPP_SWEEP_DATABASE", "")
 
 
 @pytest.fixture(autouse=True)
-def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(jobs, "COMMAND", STUB)
-    monkeypatch.setattr(jobs, "_LOOK", 0.02)
-    monkeypatch.setattr(study, "_PAUSE", 0.1)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    yield
+    for module, name in ((jobs, "COMMAND"), (jobs, "_LOOK"), (study, "_PAUSE")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # and put back
+    look_often()
 
 
 def log(word: str | None = None) -> list[dict[str, Any]]:
     path = Path("log.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     return [line for line in lines if word in (None, line["word"])]
-
-
-def made(number: int, values: dict[str, Any], *words: str) -> Job:
-    key = f"k{number:05d}"
-    own = (*(f"{name}={value!r}" for name, value in values.items()), *words, f"key={key}")
-    return Job(own, key, Path("sweeps/s/trials", f"{number:05d}"), ("center_crop@32",), f"trial {number}")
-
-
-def wanted(
-    trials: int,
-    *words: str,
-    sampler: Any = RandomSampler,
-    pruner: Any = None,
-    storage: str = "sqlite",
-    space: Any = None,
-    retry_failed: bool = False,
-    of: Callable[[int], tuple[str, ...]] = lambda number: (),
-) -> Search:
-    opened = open_study(storage, Path("sweeps/s"), "minimize", pruner or optuna.pruners.NopPruner())
-    return Search(
-        opened,
-        space_of(space or SPACE),
-        trials,
-        sweep_train_stub.METRIC,
-        lambda number, index: sampler(seed=seed_of(3, number, index)),
-        lambda number, values: made(number, values, *words, *of(number)),
-        retry_failed,
-    )
 
 
 def go(what: Search, at_once: int = 1) -> list[FrozenTrial]:
@@ -213,48 +180,15 @@ def test_a_trial_of_the_settings_of_one_that_is_done_has_its_result() -> None:
 # Kills
 
 
-WORKER = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import optuna, test_sweep
-from optuna.samplers import TPESampler
-from test_sweep import STUB, Files, Path, RandomSampler, jobs, search, study, wanted, sweep
-optuna.logging.set_verbosity(optuna.logging.ERROR)
-jobs.COMMAND, jobs._LOOK, study._PAUSE = STUB, 0.02, 0.1
-kind, trials, storage, *words = sys.argv[2:]
-print("ready", flush=True)
-what = wanted(int(trials), *words, sampler={"tpe": TPESampler, "random": RandomSampler}[kind], storage=storage)
-folder = Path("sweeps/s")
-holder = study.Claims(what.study, folder, 3.0) if study.is_url(storage) else Files(folder)
-mine = []
-try:
-    search(what, [{}, {}], holder, lambda trial, reason: mine.append(trial.number))
-except jobs.Interrupted as stopped:
-    sys.exit(128 + stopped.number)
-print(*mine)
-"""
-
-
-def worker(kind: str, trials: int, storage: str, *words: str) -> subprocess.Popen[str]:
-    """A sweep in a process of its own, two trials at once."""
-    command = [sys.executable, "-c", WORKER, str(Path(__file__).parent), kind, str(trials), storage, *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-
-def finished(process: subprocess.Popen[str]) -> list[int]:
-    out, _ = process.communicate(timeout=200)
-    assert process.returncode == 0
-    return [int(number) for number in out.split()[1:]]
-
-
-def killed(kind: str, trials: int, storage: str, waits: list[float], *words: str) -> None:
-    """A sweep that is killed after each of `waits` seconds, counted from when it can begin, and then ends."""
-    for seconds in waits:
+def killed(kind: str, trials: int, storage: str, kills: list[tuple[int, float]], *words: str) -> None:
+    """A sweep that is killed so many seconds after so many further lines of the log, for each of `kills`; then ends."""
+    for lines, seconds in kills:
+        before = len(log())
         process = worker(kind, trials, storage, *words)
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        wait_for(lambda there=before + lines: len(log()) >= there)  # type: ignore[misc]
         time.sleep(seconds)
         process.kill()
-        process.communicate()
+        process.join()
     finished(worker(kind, trials, storage, *words))
 
 
@@ -272,7 +206,8 @@ def check_that_nothing_was_lost(what: Search, trials: int) -> None:
 def test_a_sweep_that_is_killed_gives_the_table_of_one_that_was_not(storage: str, tmp_path: Path) -> None:
     words = ("seconds=0.1", "epochs=2")
     chance = random.Random(storage)
-    killed("random", 10, storage, [0.05, *(chance.uniform(0.05, 0.9) for _ in range(5))], *words)
+    kills = [(0, 0.05), (0, 0.4), *((chance.randrange(1, 6), chance.uniform(0, 0.2)) for _ in range(4))]
+    killed("random", 10, storage, kills, *words)
     what = wanted(10, *words, storage=storage)
     check_that_nothing_was_lost(what, 10)
     found = as_table(what)
@@ -286,7 +221,7 @@ def test_a_sweep_that_is_killed_gives_the_table_of_one_that_was_not(storage: str
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing tells a run that its sweep was killed")
 def test_a_sweep_by_tpe_that_is_killed_loses_nothing() -> None:
-    killed("tpe", 14, "sqlite", [0.6, 0.4], "seconds=0.05")
+    killed("tpe", 14, "sqlite", [(2, 0.0), (5, 0.05)], "seconds=0.05")
     what = wanted(14)
     check_that_nothing_was_lost(what, 14)
     assert len({trial.params["x"] for trial in what.study.get_trials()}) == 14
@@ -303,11 +238,10 @@ def test_a_worker_that_is_killed_is_replaced_by_one_that_runs_beside_it() -> Non
     first = worker("random", 4, "sqlite", "seconds=1.5")
     wait_for(lambda: len(log("begins")) == 2)
     second = worker("random", 4, "sqlite", "seconds=1.5")
-    assert second.stdout is not None and second.stdout.readline() == "ready\n"
+    time.sleep(0.5)
     first.kill()
-    first.communicate()
-    out, _ = second.communicate(timeout=100)
-    assert second.returncode == 0 and sorted(map(int, out.split())) == [0, 1, 2, 3]
+    first.join()
+    assert sorted(finished(second)) == [0, 1, 2, 3]
     check_that_nothing_was_lost(wanted(4), 4)
 
 
@@ -379,7 +313,7 @@ def test_workers_that_share_a_database_share_the_trials(tmp_path: Path) -> None:
     first = worker("random", 6, storage, "seconds=0.6")
     wait_for(lambda: len(log("begins")) == 2)
     first.kill()
-    first.communicate()
+    first.join()
     finished(worker("random", 6, storage, "seconds=0.6"))  # on the same machine it is known at once
     check_that_nothing_was_lost(wanted(6, storage=storage), 6)
 
@@ -496,7 +430,8 @@ def program(spp: Spp, small: list[str], monkeypatch: pytest.MonkeyPatch) -> Call
 
     monkeypatch.setattr(build, "job_of", job_of)
     write("mine", MINE)
-    return lambda *more: spp("sweep", "mine", *small, *more)
+    words = [word for word in small if not word.startswith("data.batch_size")]
+    return lambda *more: spp("sweep", "mine", *words, *more)
 
 
 def rows() -> list[dict[str, str]]:
@@ -596,7 +531,7 @@ def test_a_mistake_is_one_line_and_nothing_is_begun(
 )
 def test_a_wrong_command_is_one_line(spp: Spp, small: list[str], words: tuple[str, ...], line: str) -> None:
     write("mine", MINE)
-    answer = spp("sweep", *words, *small)
+    answer = spp("sweep", *words, *(word for word in small if not word.startswith("data.batch_size")))
     assert answer.code == 2 and answer.err.splitlines()[-1].startswith(f"spp sweep: {line}"), answer.err
 
 
