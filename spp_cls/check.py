@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from .door import fail, names_apart, open_door, quoted
 from .run import write_whole
+from .words import printable
 
 if TYPE_CHECKING:
     from .data import Index
@@ -162,7 +163,7 @@ def text(found: dict[str, Any]) -> str:
         lines.append(_line("no data set", found["no_data_set"]))
     lines.append(_line("bad", f"{_share(len(bad), len(bad) + pictures)} of the files" if bad else "none"))
     lines += [f"  {each['path']}: {each['reason']}" for each in bad]
-    return "\n".join(map(_printable, lines)) + "\n"
+    return "\n".join(map(printable, lines)) + "\n"
 
 
 def _duplicate_lines(duplicates: dict[str, Any]) -> list[str]:
@@ -212,11 +213,6 @@ def _bytes(number: float) -> str:
             return f"{_number(number)} {unit}"
         number /= 1000
     return f"{number:,.1f} GB"
-
-
-def _printable(line: str) -> str:
-    """A file's name may hold line breaks, and bytes that are no text."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
 def run(config: DictConfig) -> None:

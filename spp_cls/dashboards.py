@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .media import LastTest, draw_confusion, draw_mistakes, encoded, first_batch, read_test
-from .run import CHECKPOINTS, write_whole
+from .run import CHECKPOINTS, flat, write_whole
 
 Row = dict[str, Any]  # a line of history.jsonl
 LONG = 5000  # rows that take long enough for a progress bar
@@ -263,20 +263,12 @@ def hyperparameters(config: dict[str, Any], typed: dict[str, Any]) -> dict[str, 
     """What of `config` is compared between runs, flat; and the groups' choices and settings that were `typed`."""
     found: dict[str, bool | int | float | str] = {}
     below = [key for key in typed if "." in key]  # not all that belongs to a choice
-    for key, value in _flat(config):
+    for key, value in flat(config):
         wanted = any(key == known or key.startswith(f"{known}.") for known in (*HYPERPARAMETERS, *below))
         if wanted and value is not None and not key.endswith("_partial_"):
             found[key] = value if isinstance(value, bool | int | float | str) else str(value)
     chosen = {key: str(value) for key, value in typed.items() if key not in found and isinstance(value, str)}
     return dict(sorted({**found, **chosen}.items()))
-
-
-def _flat(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(config, dict):
-        for name, value in config.items():
-            yield from _flat(value, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, config
 
 
 def _end_tensorboard(

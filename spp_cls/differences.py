@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from lightning import Trainer
 
 from . import __version__
-from .run import digest, processor
+from .run import digest, flat, processor
 
 HARMLESS, CHANGES, REFUSED = "harmless", "changes the result", "refused"
 
@@ -96,7 +95,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[Difference]
     for key in ("index", "pixels", "mean_image"):
         if before.get(key) != now.get(key):
             found.append(Difference(key, before.get(key), now.get(key), REFUSED))
-    was, is_ = (dict(_flat(identity.get("config", {}))) for identity in (before, now))
+    was, is_ = (dict(flat(identity.get("config", {}))) for identity in (before, now))
     for key in sorted({*was, *is_}):
         if was.get(key) != is_.get(key) and key not in OF_THE_COMMAND:
             found.append(Difference(key, was.get(key), is_.get(key), _kind(key, was, is_)))
@@ -113,15 +112,15 @@ def run_key(config: dict[str, Any], index: str, pixels: str) -> str:
     `config` is as in an identity, less what depends on the run's folder; `index` and `pixels` as there. What is null is
     left out, so that a setting that is new and does nothing changes no key.
     """
-    flat = {key: value for key, value in _flat(config) if value is not None and key not in OF_THE_COMMAND}
-    decide = {key: value for key, value in flat.items() if decides(key)}
+    given = {key: value for key, value in flat(config) if value is not None and key not in OF_THE_COMMAND}
+    decide = {key: value for key, value in given.items() if decides(key)}
     return digest(json.dumps([sorted(decide.items()), index, pixels], default=str))
 
 
 def of_all_ranks(identity: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Of an identity what all ranks of a run must have in common; `folder` is the run's, which may lie elsewhere."""
-    flat = {key: value for key, value in _flat(identity.get("config", {})) if value is not None}
-    settings = {key: value for key, value in flat.items() if _is_of_all(key) and key not in OF_THE_COMMAND}
+    given = {key: value for key, value in flat(identity.get("config", {})) if value is not None}
+    settings = {key: value for key, value in given.items() if _is_of_all(key) and key not in OF_THE_COMMAND}
     home = str(folder.absolute())
     settings = {k: v.replace(home, "", 1) if isinstance(v, str) else v for k, v in settings.items()}
     return {**settings, **{key: identity.get(key) for key in ("index", "pixels", "mean_image")}}
@@ -143,11 +142,3 @@ def _kind(key: str, *configs: dict[str, Any]) -> str:
     while key not in KINDS:
         key = key.rpartition(".")[0]
     return KINDS[key]
-
-
-def _flat(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(config, dict):
-        for name, value in config.items():
-            yield from _flat(value, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, config

@@ -376,7 +376,7 @@ class Progress:
         self._ended, self._began = 0, time.monotonic()
 
     def __call__(self, outcome: Outcome, left: int) -> None:
-        from .verdict import duration
+        from .words import duration
 
         self._ended += 1
         name = outcome.job.name or outcome.job.key

@@ -150,7 +150,8 @@ def verdict(
     from .cost import available_memory, cost
     from .data import Views
     from .data.cache import is_made
-    from .verdict import duration, measure, seconds_to_test, sentence, whole
+    from .verdict import measure, seconds_to_test, sentence, whole
+    from .words import duration
 
     kind = datamodule.cache_kind
     if kind and not is_made(datamodule.files, kind, datamodule.cache_folder):

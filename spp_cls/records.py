@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from .run import CHECKPOINTS, RESULTS, is_in_training, read_key
+from .run import CHECKPOINTS, RESULTS, flat, is_in_training, read_key
 
 FINISHED, TRAINING, UNFINISHED, FAILED, DIVERGED = "finished", "in training", "unfinished", "failed", "diverged"
 NONE = "–"
@@ -86,7 +86,7 @@ def _walk(place: Path) -> Iterator[Path]:
 
 def read_record(folder: Path) -> Record:
     """The record of the run of `folder`; what is damaged or missing there is left out, and never raises."""
-    config, about = dict(_flat(read_config(folder))), read_json(folder / "environment.json")
+    config, about = dict(flat(read_config(folder))), read_json(folder / "environment.json")
     results, timing = read_json(folder / RESULTS), json_lines(folder / "timing.jsonl")
     state, why = _state(folder, bool(results))
     metrics = _numbers(results)
@@ -191,14 +191,6 @@ def _column(rows: Iterable[Row], name: str) -> list[float]:
     return [float(row[name]) for row in rows if isinstance(row.get(name), int | float)]
 
 
-def _flat(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(config, dict):
-        for name, value in config.items():
-            yield from _flat(value, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, config
-
-
 def _state(folder: Path, has_ended: bool) -> tuple[str, str]:
     """The state, and in which words the run ended before its time."""
     with contextlib.suppress(OSError):  # a folder that may only be read is nobody's in training
@@ -255,11 +247,6 @@ def text(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(text, value))}]"
     return str(value)
-
-
-def printable(line: str) -> str:
-    """`line` for a terminal: names and settings of others may hold line breaks, escapes, and bytes that are no text."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
 def differing(records: Sequence[Record]) -> dict[str, list[Any]]:
@@ -388,10 +375,3 @@ def _order(value: Any) -> tuple[int, float, str] | None:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     return (0, float(value), "") if isinstance(value, int | float) else (1, 0.0, text(value))
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 40 s, 12 min, 3.2 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -43,12 +43,10 @@ from .records import (
     NONE,
     Record,
     differing,
-    duration,
     epoch_rows,
     find_runs,
     json_lines,
     metric_name,
-    printable,
     read_json,
     read_record,
     short_names,
@@ -57,6 +55,7 @@ from .records import (
 )
 from .render import document
 from .run import write_whole
+from .words import duration, printable
 
 NAMED = 24  # runs that have a colour each; of more the colour is the metric
 STEPS_OF = 8  # runs whose losses are shown by step

@@ -83,6 +83,15 @@ def find_checkpoint(path: str | Path, which: str = "last") -> Path:
     return checkpoint
 
 
+def flat(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Each setting of a config by its dotted key."""
+    if isinstance(config, dict):
+        for name, value in config.items():
+            yield from flat(value, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, config
+
+
 def read_key(folder: Path) -> str:
     """The key of the run of `folder`; empty where it has none."""
     path = folder / KEY

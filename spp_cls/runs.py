@@ -19,18 +19,17 @@ from .records import (
     NONE,
     Record,
     differing,
-    duration,
     find_runs,
     known_name,
     metric_name,
     parse_filter,
-    printable,
     read_record,
     short_names,
     short_value,
     sorted_by,
     text,
 )
+from .words import duration, printable
 
 PLACES = ("runs", "multiruns")
 METRIC, DIFFERS = "metric", "differs"  # columns that are no value of a run

@@ -535,7 +535,7 @@ def _take(what: Search, holder: Holder, mine: set[int]) -> Attempt | None:
         if len(trials) >= what.trials or waiting:
             return None
         # Workers that do this at once make one too many; it waits until the budget reaches it.
-        study.enqueue_trial({})
+        study.add_trial(create_trial(state=TrialState.WAITING))
 
 
 def _attempt(what: Search, trial: FrozenTrial) -> Attempt:

@@ -289,7 +289,7 @@ class Told:
         import shutil
 
         from .study import best_of
-        from .verdict import duration
+        from .words import duration
 
         number = {name: sum(trial.state.name == name for trial in trials) for name in ("COMPLETE", "PRUNED", "FAIL")}
         going = sum(trial.state.name == "RUNNING" for trial in trials)
@@ -309,7 +309,7 @@ class Told:
 
     def _rest(self, trials: Sequence[FrozenTrial]) -> str:
         from .study import ended
-        from .verdict import duration
+        from .words import duration
 
         left = max(0, self.what.trials - len(ended(trials)))
         if not left or not self._ended:

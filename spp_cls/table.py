@@ -238,7 +238,7 @@ def _say(
     spec: Spec, in_turn: list[Job], rows: Mapping[str, Row], plans: Mapping[tuple[str, str], Plan], wanted: Jobs
 ) -> None:
     """What is to be done, and what it costs by what has been done."""
-    from .verdict import duration
+    from .words import duration
 
     cell_of = {job.key: cell for cell, by_seed in wanted.items() for job in by_seed.values()}
     left = {job.key for job in in_turn if job.key not in rows}

@@ -100,13 +100,6 @@ def saved(images: Mapping[At, int], each: Mapping[At, float]) -> float:
     return 1 - whole(images, each) / whole({max(images, key=_area): sum(images.values())}, each)
 
 
-def duration(seconds: float) -> str:
-    """Seconds for people: 40 s, 12 min, 3.2 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
 def _area(shape: Shape | None) -> int:
     return math.prod(shape) if shape else 0
 

@@ -7,9 +7,10 @@
 
 random: for each way to train, once without a kill, then again and again with kills at random instants until there were
 KILLS. hooks: a kill in every hook of a callback that a training calls and round every save, at its first, middle and
-last time and at its first after a resume, or in each EVERYth of them. Every run must end with the same weights, bit for bit, in memory, last.ckpt
-and best.ckpt, and the same history, byte for byte. torn: kills at random instants while checkpoints of MB are saved
-into FOLDER; one must always be there, and whole. few: a few of hooks and torn. Each prints a JSON line.
+last time and at its first after a resume, or in each EVERYth of them. Every run must end with the same weights, bit for
+bit, in memory, last.ckpt and best.ckpt, and the same history, byte for byte. torn: kills at random instants while
+checkpoints of MB are saved into FOLDER; one must always be there, and whole. few: a few of hooks and
+torn. Each prints a JSON line.
 """
 
 from __future__ import annotations

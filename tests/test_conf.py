@@ -199,7 +199,8 @@ DATA = [name for name in FILES["data"] if name != "base"]
 def combinations(model: str) -> list[tuple[str, str, str]]:
     """Data, recipe and experiment for each run with `model`: over all models, each choice meets each other."""
     m = MODELS.index(model)
-    return [(DATA[(m + e) % len(DATA)], RECIPES[(m // 2 + e) % 2], name) for e, name in enumerate(EXPERIMENTS)]
+    recipes = len(RECIPES)
+    return [(DATA[(m + e) % len(DATA)], RECIPES[(m // 2 + e) % recipes], name) for e, name in enumerate(EXPERIMENTS)]
 
 
 def test_each_choice_meets_each_other() -> None:

@@ -23,7 +23,7 @@ import sweep_train_stub
 import yaml
 from conftest import Answer, Spp
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from sweep_worker import SPACE, finished, look_often, made, wanted, worker
 
 from spp_cls import build, jobs, study, sweep
@@ -127,7 +127,7 @@ def test_a_trial_whose_drawing_was_killed_half_way_is_drawn_like_any_other() -> 
     for keep in ("x", "n"):
         other = optuna.create_study()
         for number in range(3):
-            other.enqueue_trial({})
+            other.add_trial(create_trial(state=TrialState.WAITING))
             other._storage.set_trial_state_values(number, TrialState.RUNNING)
             kind = what.space[keep].distribution
             other._storage.set_trial_param(number, keep, kind.to_internal_repr(whole[number][keep]), kind)
@@ -163,7 +163,7 @@ def test_the_budget_is_a_total_and_numbers_go_on() -> None:
 def test_one_that_is_too_many_waits_until_the_budget_reaches_it() -> None:
     what = wanted(2)
     for _ in range(3):  # as two workers that count at once leave it
-        what.study.enqueue_trial({})
+        what.study.add_trial(create_trial(state=TrialState.WAITING))
     assert [trial.state.name for trial in go(what)] == ["COMPLETE", "COMPLETE", "WAITING"]
     assert [trial.state.name for trial in go(wanted(3))] == ["COMPLETE"] * 3
 
@@ -281,7 +281,7 @@ def claims(place: str, storage: str, patience: float = 0.3) -> Claims:
 def test_a_trial_is_held_by_one_worker_and_goes_to_one_other_when_that_is_silent(tmp_path: Path) -> None:
     storage = DATABASE or f"sqlite:///{tmp_path}/claims.db"
     a, b, c = (claims(place, storage) for place in "abc")
-    a.study.enqueue_trial({})
+    a.study.add_trial(create_trial(state=TrialState.WAITING))
     a.storage.set_trial_state_values(a.study.trials[0]._trial_id, TrialState.RUNNING)
 
     def trial() -> FrozenTrial:
@@ -303,7 +303,7 @@ def test_a_trial_is_held_by_one_worker_and_goes_to_one_other_when_that_is_silent
     term, _ = a._owner(0)
     for each in (c, a):
         claim = {"trial": 0, "term": term + 1, "worker": each.worker, "place": each.place}
-        each.log.add_trial(optuna.trial.create_trial(state=TrialState.FAIL, user_attrs=claim))
+        each.log.add_trial(create_trial(state=TrialState.FAIL, user_attrs=claim))
     assert {each._owner(0)[1]["worker"] for each in (a, b, c)} == {c.worker}  # type: ignore[index]
     assert b.lost() == {0}
 
@@ -339,7 +339,7 @@ def test_a_trial_that_is_worse_than_the_others_is_stopped() -> None:
 
 def test_a_decision_to_prune_outlives_its_worker() -> None:
     what = wanted(1)
-    what.study.enqueue_trial({})
+    what.study.add_trial(create_trial(state=TrialState.WAITING))
     what.study._storage.set_trial_state_values(what.study.trials[0]._trial_id, TrialState.RUNNING)
     what.study._storage.set_trial_intermediate_value(what.study.trials[0]._trial_id, 2, 44.0)
     what.study._storage.set_trial_user_attr(what.study.trials[0]._trial_id, "pruned_at", 2)
@@ -489,7 +489,7 @@ def test_no_trial_that_was_completed_is_exit_code_1(program: Callable[..., Answe
     [
         ("optimizer.lr", "optimizer.lrr", "space: optimizer.lrr: there is no such key; did you mean optimizer.lr?"),
         ("low: 4,", "low: 40,", "space.data.batch_size: low=40 must be less than high=12"),
-        (", type: int", "", "space.data.batch_size: 64 is a whole number in the config; add type: int"),
+        (", type: int", "", "space.data.batch_size: 32 is a whole number in the config; add type: int"),
         ("alternating]", "alternatin]", "space: sizes=alternatin: there is no sizes of that name; did you mean"),
         ("[[6], [2, 1]]", "[[6], 3]", "space: model.levels=3: takes a list, like"),
         ("RandomSampler", "RandomSample", "sampler._target_=optuna.samplers.RandomSample: cannot be imported"),

@@ -24,7 +24,6 @@ from spp_cls.data.source import TrainBatch
 from spp_cls.schedules import constant
 from spp_cls.verdict import (
     Rates,
-    duration,
     loader_rate,
     make_step,
     measure,
@@ -100,13 +99,6 @@ def test_what_was_not_measured_goes_by_the_area() -> None:
     each = {(10, 10): 1.0, (10, 30): 5.0}
     assert whole({(10, 10): 1, (10, 20): 10, (10, 30): 100}, each) == pytest.approx(1 + 30 + 500)
     assert saved({(10, 20): 1, (10, 30): 1}, each) == pytest.approx(1 - 8 / 10)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"), [(0.4, "0 s"), (99, "99 s"), (120, "2 min"), (5999, "100 min"), (11520, "3.2 h")]
-)
-def test_durations(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
 
 
 # Measuring

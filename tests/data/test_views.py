@@ -258,8 +258,8 @@ def test_shorter_side(size: int, resize: int, region: int, shorter: int) -> None
 
 
 def test_every_size_can_be_cut_from_its_shorter_side() -> None:
-    for resize, region in ((256, 224), (36, 32), (224, 224), (257, 256)):
-        assert all(Views("ten_crop", size).shorter_side(resize, region) >= size for size in range(1, 600))
+    for shorter, region in ((256, 224), (36, 32), (224, 224), (257, 256)):
+        assert all(Views("ten_crop", size).shorter_side(shorter, region) >= size for size in range(1, 600))
 
 
 def test_refused() -> None:
