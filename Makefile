@@ -6,10 +6,10 @@ STAMP  := $(VENV)/.installed
 SHARE  ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test prove check format clean
+.PHONY: help install demo test prove prove-postgres check format clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 # torch and torchvision are installed together: a torchvision that does not match torch breaks lightning.
 $(STAMP): pyproject.toml
@@ -24,10 +24,14 @@ demo: $(STAMP) ## train a multi-size net on pictures drawn here, test it, and sa
 	$(BIN)/spp train name=demo experiment=table2c_multi_size
 
 test: $(STAMP) ## the tests (2 minutes)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not postgres"
 
 prove: $(STAMP) ## the slower proofs (10 minutes); SHARE=0.1 does a tenth of the kills
-	SPP_PROVE_SHARE=$(SHARE) $(BIN)/python -m pytest -n 2 -m slow
+	SPP_PROVE_SHARE=$(SHARE) $(BIN)/python -m pytest -n 2 -m "slow and not postgres"
+
+prove-postgres: $(STAMP) ## sweeps of four workers on a PostgreSQL started for it (needs Debian's postgresql)
+	$(BIN)/python -m pip install --quiet "psycopg[binary]>=3.2"
+	$(BIN)/python -m pytest -m postgres tests/test_sweep_postgres.py
 
 check: $(STAMP) ## formatting, lint and types
 	$(BIN)/ruff format --check

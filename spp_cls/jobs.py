@@ -317,6 +317,7 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 def _die_with(ledger: int) -> None:
     """In a run: a ledger that is killed takes its runs along, after they have saved."""
     assert _LIBC is not None
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # until the program is loaded the ledger's own answer would take it
     _LIBC.prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
     if os.getppid() != ledger:  # it was killed just before
         os.kill(os.getpid(), signal.SIGTERM)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 import re
 import sys
 import time
@@ -33,6 +34,11 @@ KNOWN = ("space", "trials", "sampler", "pruner", "metric", "direction")
 ONE_ORDER = ("GridSampler", "QMCSampler")
 TRY_ALL = ("GridSampler", "BruteForceSampler")
 BEGUN_WITH = "spp_cls"  # a user attribute of the study
+# What SLURM and torchrun say of this process; the runs that it starts are no ranks of theirs.
+OF_THIS_PROCESS = (
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_RESTART_COUNT"),
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"),
+)
 
 
 def run(config: DictConfig) -> None:
@@ -47,7 +53,8 @@ def run(config: DictConfig) -> None:
     choice = str(hydra.runtime.choices.get("hparams_search"))
     text = _text(config, choice)
     of = f"hparams_search={choice}"
-    words = [word for word in hydra.overrides.task if key_of(word).partition(".")[0] not in OWN]
+    typed: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # ${…} is for the runs to fill in
+    words = [word for word in typed if key_of(word).partition(".")[0] not in OWN]
     search = searched(hydra.runtime.config_sources)
     try:
         space = study.space_of(text["space"])
@@ -69,6 +76,8 @@ def run(config: DictConfig) -> None:
         raise ValueError(f"storage={config.storage}: use sqlite, journal or a URL, like postgresql+psycopg://HOST/NAME")
     if not _is_number(config.patience) or config.patience <= 0:
         raise ValueError(f"patience={config.patience}: use seconds above 0")
+    for name in OF_THIS_PROCESS:
+        os.environ.pop(name, None)
     places = jobs.places(config.at_once, config.trainer.devices, config.trainer.accelerator)
     whole: Any = optuna.pruners.NopPruner() if pruner is None else pruner
     # Of the pictures, of what every trial has in common: said once, not by each trial.

@@ -120,7 +120,7 @@ def run(config: DictConfig) -> float | None:
     from .run import KEY, find_checkpoint, in_training, read_key, write_whole
 
     if config.get("hparams_search"):
-        choice = HydraConfig.get().runtime.choices.hparams_search
+        choice = HydraConfig.get().runtime.choices["hparams_search"]
         raise ValueError(f"hparams_search={choice} is a space: run it by spp sweep hparams_search={choice}")
     folder = Path(HydraConfig.get().runtime.output_dir)
     resolved: Any = OmegaConf.to_container(config, resolve=True)

@@ -22,7 +22,7 @@ from spp_cls.study import Claims, Files, Search, open_study, search, seed_of, sp
 STUB = (sys.executable, "-S", str(Path(sweep_train_stub.__file__)))
 SPACE = {"x": {"low": 0.0, "high": 1.0}, "n": {"low": 1, "high": 64, "log": True, "type": "int"}}
 SAMPLERS: dict[str, Any] = {"random": RandomSampler, "tpe": TPESampler}
-PATIENCE = 3.0
+PATIENCE = 8.0
 
 
 def made(number: int, values: dict[str, Any], *words: str) -> Job:

@@ -24,7 +24,7 @@ from spp_cls.door import conf_folder, register_resolvers
 CONF = conf_folder()
 FILES = {folder.name: sorted(p.stem for p in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()}
 del FILES["hydra"]  # the launcher of grids, which is no group of ours
-VERBS = ["train", "evaluate", "predict", "export", "plan", "check", "log", "cache", "table", "runs", "report"]
+VERBS = ["train", "evaluate", "predict", "export", "plan", "check", "log", "cache", "table", "runs", "report", "sweep"]
 
 Node = dict[str, Any]
 
@@ -96,7 +96,7 @@ def test_every_program_composes() -> None:
     }
 
 
-CONSTRUCTORS = sorted(set(FILES) - {"recipe", "experiment", "debug", "table"})
+CONSTRUCTORS = sorted(set(FILES) - {"recipe", "experiment", "debug", "table", "hparams_search"})
 
 
 @pytest.mark.parametrize("turn", range(max(len(FILES[group]) for group in CONSTRUCTORS)))

@@ -13,7 +13,9 @@ import pytest
 import spp_cls
 
 PACKAGE = Path(spp_cls.__file__).parent
-PROGRAMS = ("train", "evaluate", "predict", "export", "plan", "check", "log", "cache", "table", "runs", "report")
+PROGRAMS = (
+    "train", "evaluate", "predict", "export", "plan", "check", "log", "cache", "table", "runs", "report", "sweep",
+)  # fmt: skip
 KNOW_HYDRA = {f"spp_cls.{name}" for name in ("door", "going_on", "build", "grid", *PROGRAMS)}
 
 

@@ -515,7 +515,7 @@ def test_the_page_has_the_sums_and_each_row_of_table_2(script: ModuleType) -> No
         (row,) = re.findall(rf"^\| .* \| `experiment={name}` \|$", text, re.MULTILINE)
         assert expected and re.findall(r"\d\d\.\d\d", row) == expected
         assert f"experiment={name}" in run
-    views = {path.stem for path in (conf_folder() / "views").glob("*.yaml")} - {"ten_crop_maps", "multi_scale_pixels"}
+    views = {path.stem for path in (conf_folder() / "views").glob("*.yaml")} - {"ten_crop_maps", "multi_scale_pixels", "warp"}
     assert {f"views={name}" for name in views} <= run
 
 

@@ -38,7 +38,8 @@ class Note(Callback):
         config = pl_module.identity["config"]
         dropout = [module.p for module in pl_module.net.modules() if type(module).__name__ == "Dropout"]
         shapes = [list(parameter.shape) for parameter in pl_module.net.parameters()]
-        about = {"lr": config["optimizer"]["lr"], "levels": config["model"]["levels"], "dropout": dropout, "shapes": shapes}
+        about = {"lr": config["optimizer"]["lr"], "levels": config["model"]["levels"]}
+        about |= {"dropout": dropout, "shapes": shapes}
         (self.folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(about))
 """
 
@@ -71,9 +72,9 @@ def rows(folder: Path) -> list[dict[str, str]]:
 def test_a_sweep_of_real_runs_killed_ten_times_has_the_table_of_one_that_was_not(
     pictures: Path, tmp_path: Path
 ) -> None:
-    trials = round(24 * max(0.25, float(os.environ.get("SPP_PROVE_SHARE", "1"))))
+    share = float(os.environ.get("SPP_PROVE_SHARE", "1"))
     tables = []
-    for name, kills in (("killed", 10), ("undisturbed", 0)):
+    for name, kills, trials in (("killed", 10, round(24 * max(0.25, share))), ("undisturbed", 0, 6)):
         folder = tmp_path / name
         write(folder, trials, "RandomSampler")
         words = [*settings(pictures), "trainer=cpu", "at_once=2"]
@@ -100,7 +101,7 @@ def test_a_sweep_of_real_runs_killed_ten_times_has_the_table_of_one_that_was_not
         assert [float(row["value"]) for row in found] == [one["val/top1_error"] for one in results]
         assert len({one["key"] for one in results}) == trials
         tables.append((folder / "sweeps" / "mine" / "trials.csv").read_bytes())
-    assert tables[0] == tables[1]
+    assert tables[0].startswith(tables[1])  # a smaller budget is the beginning of a larger one
 
 
 @pytest.mark.slow
