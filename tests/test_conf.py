@@ -210,6 +210,7 @@ def test_each_choice_meets_each_other() -> None:
             assert i == j or len({(row[i], row[j]) for row in met}) == len(a) * len(b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_every_value_of_model_data_recipe_and_experiment_takes_effect_together(model: str) -> None:
     for data, recipe, experiment in combinations(model):
@@ -399,6 +400,7 @@ def commands(page: str) -> Iterator[tuple[str, list[str]]]:
             yield verb, words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "least"), [("fidelity.md", 15), ("studies.md", 15)])
 def test_every_option_that_a_page_names_exists(page: str, least: int) -> None:
     found = list(commands(page))

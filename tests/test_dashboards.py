@@ -301,6 +301,7 @@ def test_what_a_server_of_weights_and_biases_has_is_not_sent_again(tmp_path: Pat
     assert sent == [(3, {**values, "trainer/global_step": 3})]
 
 
+@pytest.mark.slow
 def test_the_command_line_goes_on_with_all_of_them(spp: Spp, tmp_path: Path, small: list[str]) -> None:
     words = [word.replace("logger=null", "logger=[tensorboard,csv,wandb]") for word in small]
     assert spp("train", *words, "trainer.max_epochs=1", "test=false").code == 0
@@ -363,6 +364,7 @@ def wandb_words(small: list[str], *more: str) -> list[str]:
 ERRORS = ["test/loss", "test/top1_error", "test/top5_error"]
 
 
+@pytest.mark.slow
 def test_the_end_of_a_run_stands_there_once_however_it_came_about(
     spp: Spp, tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

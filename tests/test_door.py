@@ -286,6 +286,7 @@ def copied(trained: Path, tmp_path: Path) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_resume_auto_goes_on_with_the_newest_unfinished_run_of_the_same_settings(
     spp: Spp, tmp_path: Path, small: list[str]
 ) -> None:

@@ -165,6 +165,7 @@ def test_the_96_views_as_crops_by_hand(spp: Spp, run: Path, pictures: Path, size
         assert np.allclose(file["scores"][i], torch.stack([softmax_of(net, crop) for crop in crops]).mean(0), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_views_on_maps_are_close_to_those_on_pixels(spp: Spp, run: Path) -> None:
     scores = {}
     for views in ("ten_crop", "ten_crop_maps", "multi_scale_pixels", "multi_scale", "multi_scale_full"):
@@ -269,6 +270,7 @@ def test_what_cannot_be_is_one_line(spp: Spp, run: Path, words: list[str], line:
     assert not (run / "evaluations").exists()
 
 
+@pytest.mark.slow
 def test_a_net_whose_maps_have_no_windows_is_refused_before_any_test(
     spp: Spp, small: list[str], pictures: Path, tmp_path: Path
 ) -> None:

@@ -43,6 +43,7 @@ def log(folder: Path) -> list[tuple[str, str]]:
     return [(line["word"], line["words"].get("seed", "")) for line in lines]
 
 
+@pytest.mark.slow
 def test_each_run_is_a_process_and_what_is_done_is_passed_over(grid: Callable[..., Any], tmp_path: Path) -> None:
     answer = grid("seed=0,1")
     assert (answer.code, answer.out) == (0, ""), answer.err

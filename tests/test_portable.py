@@ -125,6 +125,7 @@ def test_torch_export_takes_every_size_between_the_limits(written: Path) -> None
         program(clouds((1, 400, 100), 0))
 
 
+@pytest.mark.slow
 def test_the_pyramid_alone_through_onnx_at_every_size() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:

@@ -500,6 +500,7 @@ def commands() -> list[list[str]]:
     return [line.split("spp ", 1)[1].split() for line in lines if re.match(r"(srun .*)?spp ", line)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_command_of_the_page_is_one(words: list[str]) -> None:
     verb, *rest = words
@@ -515,7 +516,11 @@ def test_the_page_has_the_sums_and_each_row_of_table_2(script: ModuleType) -> No
         (row,) = re.findall(rf"^\| .* \| `experiment={name}` \|$", text, re.MULTILINE)
         assert expected and re.findall(r"\d\d\.\d\d", row) == expected
         assert f"experiment={name}" in run
-    views = {path.stem for path in (conf_folder() / "views").glob("*.yaml")} - {"ten_crop_maps", "multi_scale_pixels", "warp"}
+    views = {path.stem for path in (conf_folder() / "views").glob("*.yaml")} - {
+        "ten_crop_maps",
+        "multi_scale_pixels",
+        "warp",
+    }
     assert {f"views={name}" for name in views} <= run
 
 

@@ -96,6 +96,7 @@ def test_rank_0_decides_for_all_and_the_largest_number_is_everybodys() -> None:
     assert one[1] == 2  # and leaves it to rank 0 to say why
 
 
+@pytest.mark.slow
 def test_ranks_that_would_not_do_the_same_end_and_rank_0_says_in_what() -> None:
     code = """if True:
         import sys

@@ -31,6 +31,7 @@ from spp_cls.door import register_resolvers
 from spp_cls.jobs import Interrupted, Job
 from spp_cls.study import Claims, Files, History, Search, best_of, draw, open_study, search, seed_of, space_of
 
+pytestmark = pytest.mark.slow  # each starts a sweep or more, if of stand-ins for runs
 DATABASE = os.environ.get("SPP_SWEEP_DATABASE", "")
 
 

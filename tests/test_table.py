@@ -101,6 +101,7 @@ def test_the_runs_of_a_table_and_what_is_written(table: Callable[..., Answer], t
     assert (answer.code, answer.err) == (2, line) and len(begun(tmp_path)) == 4
 
 
+@pytest.mark.slow
 def test_other_settings_are_other_runs(table: Callable[..., Answer], tmp_path: Path) -> None:
     assert table("seeds=1", "rows=[a]").code == 0
     assert table("seeds=1", "rows=[a]", "data.num_workers=1", "logger=csv", "output=elsewhere").code == 0
@@ -109,6 +110,7 @@ def test_other_settings_are_other_runs(table: Callable[..., Answer], tmp_path: P
     assert [run["trainer.max_epochs"] for run in begun(tmp_path)] == ["2", "3"]
 
 
+@pytest.mark.slow
 def test_runs_that_fail_are_said_and_the_table_is_of_the_others(table: Callable[..., Answer], tmp_path: Path) -> None:
     before = spp_train_stub.__file__
     own = tmp_path / "stub.py"
@@ -196,6 +198,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_begun(monke
         _check(OmegaConf.create({**own, "results": "x", "output": None}))
 
 
+@pytest.mark.slow
 def test_a_size_that_a_net_does_not_take_is_named_before_anything_is_begun(
     table: Callable[..., Answer], tmp_path: Path
 ) -> None:
@@ -212,6 +215,7 @@ def test_a_size_that_a_net_does_not_take_is_named_before_anything_is_begun(
     assert not (tmp_path / "log.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_equal_cost_gives_the_cheaper_rows_more_epochs(table: Callable[..., Answer], tmp_path: Path) -> None:
     path = tmp_path / "conf" / "table" / "mine.yaml"
     path.write_text(TABLE.replace("table2b_single_size", "table2c_multi_size").replace("2a_no_spp", "2b_single_size"))

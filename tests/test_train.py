@@ -154,6 +154,7 @@ def test_debug(spp: Spp, tmp_path: Path, small: list[str], words: list[str], ste
     assert ("run_training_epoch" in heard.getvalue()) == (words == ["debug=profiler"])
 
 
+@pytest.mark.slow
 def test_a_grid_has_a_folder_for_each(spp: Spp, tmp_path: Path, small: list[str]) -> None:
     words = [*small, "debug=fdr", "test=false", "model.levels=[1],[2,1]", "-m"]
     answer = spp("train", *words)  # each in a process of its own
@@ -198,6 +199,7 @@ def test_balanced_classes_and_the_mean_of_the_weights(spp: Spp, tmp_path: Path, 
     assert found["top1_error"] == pytest.approx(results(run)["test/top1_error"])
 
 
+@pytest.mark.slow
 def test_weights_and_biases_without_a_key_goes_offline(
     spp: Spp, tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -443,7 +443,7 @@ def test_caltech101_as_in_the_paper(tmp_path: Path) -> None:
 
 
 def test_caltech101_with_all_that_test_and_val_leave(tmp_path: Path) -> None:
-    numbers = {f"c{i:03}": 31 + i for i in range(102)}
+    numbers = {f"c{i:03}": 31 + i for i in range(0, 102, 20)}
     root = touch(tmp_path, classes_of(numbers))
     few, every = caltech101(root), caltech101(root, train_per_class=None)
     assert rows(few).items() < rows(every).items()

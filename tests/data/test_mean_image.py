@@ -138,6 +138,7 @@ def test_it_is_subtracted_from_what_the_net_is_given(pictures: Path, loader: str
     assert shapes == {(26, 26)} if loader == "train_dataloader" else len(shapes) > 3
 
 
+@pytest.mark.slow
 def test_a_run_with_a_mean_image_is_tested_used_and_goes_on(
     cache: Path, spp: Any, small: list[str], pictures: Path, tmp_path: Path
 ) -> None:

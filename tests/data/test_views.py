@@ -223,6 +223,7 @@ def test_with_padding_ten_windows_are_close_to_ten_crops(name: str, shape: tuple
     assert (maps.softmax(1).mean(0) - crops.softmax(1).mean(0)).abs().max() < 0.02
 
 
+@pytest.mark.slow
 def test_nets_without_windows_are_refused_in_one_line() -> None:
     body = nn.Sequential(*list(torchvision.models.resnet18().children())[:-2])
     body.out_channels = 512  # type: ignore[assignment]
