@@ -68,6 +68,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_sweep_of_real_runs_killed_ten_times_has_the_table_of_one_that_was_not(
     pictures: Path, tmp_path: Path
@@ -104,6 +105,7 @@ def test_a_sweep_of_real_runs_killed_ten_times_has_the_table_of_one_that_was_not
     assert tables[0].startswith(tables[1])  # a smaller budget is the beginning of a larger one
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_both_ranks_of_a_trial_have_the_settings_that_were_drawn(pictures: Path, tmp_path: Path) -> None:
     write(tmp_path, 3, "TPESampler")

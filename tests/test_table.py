@@ -232,6 +232,7 @@ def spp_table(folder: Path, small: list[str], *words: str) -> list[str]:
     return [sys.executable, "-m", "spp_cls", "table", "mine", *small, "seeds=2", *words]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_table_that_is_killed_is_the_one_that_was_not(small: list[str], tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
