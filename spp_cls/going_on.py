@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -74,6 +75,14 @@ def _words(folder: Path, before: list[str], own: list[str], checkpoint: Path) ->
 def settings() -> list[str]:
     """What the run that this command goes on with is to be gone on with the next time."""
     return list(_settings)
+
+
+def trained_with() -> list[str]:
+    """The words that say what is trained: those of the run that this command goes on with, or those that are typed."""
+    if _settings:
+        return list(_settings)
+    typed: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # ${…} as it stands
+    return settings_in(typed)
 
 
 def _named(arguments: list[str]) -> list[str]:

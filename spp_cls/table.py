@@ -51,7 +51,8 @@ def run(config: DictConfig) -> None:
     places = jobs.places(config.at_once, config.trainer.devices, config.trainer.accelerator)
     results = Path(config.results)
     rows = jobs.known_rows([results])
-    words = [word for word in hydra.overrides.task if key_of(word).partition("@")[0] not in (*OWN, "output")]
+    typed: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # ${…} is for each run to work out
+    words = [word for word in typed if key_of(word).partition("@")[0] not in (*OWN, "output")]
     plans = _plans(spec, words, searched(hydra.runtime.config_sources), config.same_compute)
     output = Path(config.output or Path("tables", choice + ("_same_compute" if config.same_compute else "")))
 

@@ -210,12 +210,12 @@ def _keep_test(folder: Path, classifier: Classifier, datamodule: MultiSizeDataMo
 def _show(folder: Path, trainer: Trainer, results: dict[str, Any], config: dict[str, Any]) -> None:
     """What the run came to, on its dashboards."""
     from . import dashboards
-    from .going_on import chosen, settings, settings_in
+    from .going_on import chosen, trained_with
     from .resume import read_history
 
     if not dashboards.shows_tests(trainer.loggers):
         return
-    words = settings() or settings_in(HydraConfig.get().overrides.task)
+    words = trained_with()
     errors = dashboards.errors_of(results)
     dashboards.end(trainer.loggers, folder, read_history(folder), errors, config, chosen(words))
 
@@ -240,7 +240,7 @@ def _write_what_came_out(
     folder: Path, trainer: Trainer, metrics: dict[str, float], config: DictConfig, more: dict[str, Any]
 ) -> float | None:
     from .differences import decides
-    from .going_on import settings, settings_in
+    from .going_on import trained_with
     from .run import RESULTS, write_json
 
     epochs = trainer.fit_loop.epoch_progress.current.completed
@@ -250,7 +250,7 @@ def _write_what_came_out(
             file=sys.stderr,
         )
     metrics = {**_last_values(folder), **metrics}  # of a validation before this epoch, or before it went on
-    words = settings() or settings_in(HydraConfig.get().overrides.task)
+    words = trained_with()
     deciding = [word for word in words if decides(key_of(word))]
     write_json(folder / RESULTS, {"seed": config.seed, "settings": deciding, "epochs": epochs, **metrics, **more})
     _say_where(folder, metrics, config)
