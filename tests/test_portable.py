@@ -174,7 +174,7 @@ def test_a_pool_that_rounds_up_and_a_map_of_one_cell(tmp_path: Path, few_sizes: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pool", ["max", "average"])
+@pytest.mark.parametrize("pool", ["max", pytest.param("average", marks=pytest.mark.long)])
 def test_aotinductor_far_from_the_traced_size(tmp_path: Path, pool: str) -> None:
     net = tiny(pool=pool)
     said = about(net, classes=['"', "ä"])
