@@ -197,7 +197,7 @@ def _as_many(config: DictConfig, factor: float) -> int:
     from . import build
 
     epochs = config.trainer.max_epochs
-    datamodule = build.build_datamodule(config)
+    datamodule = build.listed(config)
     last = datamodule.shape_at(epochs - 1, 0)
     wanted = round(epochs * factor)
     near = sorted(range(max(1, wanted - 8), wanted + 9), key=lambda n: (abs(n - epochs * factor), n))
@@ -219,7 +219,7 @@ def training_flops(config: DictConfig, tests: Sequence[str] = ()) -> float:
     epochs = config.trainer.max_epochs
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"trainer.max_epochs={epochs}: a table compares runs of a number of epochs, at least 1")
-    datamodule = build.build_datamodule(config)
+    datamodule = build.listed(config)
     images = images_at(datamodule, datamodule.planned_shapes(epochs))
     with torch.device("meta"):
         net = build.build_net(config, len(datamodule.classes))
