@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from .door import open_door
+from .results import errors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,15 +46,6 @@ def scored(classifier: Classifier) -> tuple[Labels, Labels, Scores]:
     labels = [classifier.test_scores[row][0] for row in rows]
     scores = [classifier.test_scores[row][1].numpy() for row in rows]
     return np.array(rows), np.array(labels), np.stack(scores)
-
-
-def errors(labels: Labels, scores: Scores) -> dict[str, float]:
-    """Top-1 and top-5 error in percent."""
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :5] == labels[:, None]
-    return {
-        "top1_error": 100 * float(1 - best[:, 0].mean()),
-        "top5_error": 100 * float(1 - best.any(1).mean()),
-    }
 
 
 def same_pictures(a: MultiSizeDataModule, b: MultiSizeDataModule, split: str) -> bool:

@@ -24,15 +24,28 @@ def result_of_test(name: str, labels: npt.NDArray[np.int64], scores: Any, second
 
     `labels` (n,), `scores` (n, K).
     """
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :5] == labels[:, None]
     return {
         "test": name,
         "images": len(labels),
+        **errors(labels, scores),
+        "seconds": None if seconds is None else round(seconds, 2),
+        "wrong": base64.b64encode(np.packbits(~_best(labels, scores)[:, 0]).tobytes()).decode(),
+    }
+
+
+def errors(labels: npt.NDArray[np.int64], scores: Any) -> dict[str, float]:
+    """Top-1 and top-5 error in percent of scores (n, K)."""
+    best = _best(labels, scores)
+    return {
         "top1_error": 100 * float(1 - best[:, 0].mean()),
         "top5_error": 100 * float(1 - best.any(1).mean()),
-        "seconds": None if seconds is None else round(seconds, 2),
-        "wrong": base64.b64encode(np.packbits(~best[:, 0]).tobytes()).decode(),
     }
+
+
+def _best(labels: npt.NDArray[np.int64], scores: Any) -> npt.NDArray[np.bool_]:
+    """Which of the five best answers to each image is right (n, 5); of equal scores the first class goes before."""
+    right: npt.NDArray[np.bool_] = np.argsort(-scores, axis=1, kind="stable")[:, :5] == labels[:, None]
+    return right
 
 
 def save_scores(folder: Path, name: str, labels: npt.NDArray[np.int64], scores: Any) -> None:
