@@ -31,7 +31,7 @@ RUNS = (Path("runs"), Path("multiruns"))
 LOCKS = Path("runs", ".jobs")
 COMMAND = (sys.executable, "-m", "spp_cls", "train")
 STOPPED = "stopped: its runs have saved, as far as they had something to save; the same command goes on"
-_LOOK = 0.2  # seconds between two looks at the processes
+LOOK = 0.2  # seconds between two looks at the processes
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Outcome:
 
 
 @dataclass
-class _Running:
+class Running:
     outcome: Outcome
     process: subprocess.Popen[bytes]
     lock: FileLock
@@ -160,7 +160,7 @@ def run_jobs(
     """
     outcomes = [Outcome(job) for job in jobs]
     waiting = list(outcomes)
-    running: list[_Running] = []
+    running: list[Running] = []
     free = list(range(len(places)))
     asked: list[int] = []
     failed: dict[str, str] = {}
@@ -171,20 +171,20 @@ def run_jobs(
             failed[outcome.job.key] = outcome.reason
         told(outcome, len(waiting) + len(running))
 
-    with _signals(lambda number, frame: asked.append(number)):
+    with signals_to(lambda number, frame: asked.append(number)):
         try:
             while waiting or running:
                 for each in [each for each in running if each.process.poll() is not None]:
                     running.remove(each)
                     free.append(each.slot)
-                    _conclude(each)
+                    conclude(each)
                     each.lock.release()
                     if each.outcome.row is not None or not asked:  # else it was stopped, and goes on the next time
                         end(each.outcome)
                 if asked and not running:
                     raise Interrupted(asked[0])
                 for each in running:
-                    _pass_on(each, len(asked))
+                    pass_on(each, len(asked))
                 for outcome in list(waiting):
                     if asked:
                         break
@@ -194,7 +194,7 @@ def run_jobs(
                     elif job.key in failed:
                         outcome.reason = failed[job.key]
                     elif free:
-                        started = _start(outcome, free[0], places[free[0]])
+                        started = start(outcome, free[0], places[free[0]])
                         if started is not None:
                             waiting.remove(outcome)
                             running.append(started)
@@ -202,21 +202,21 @@ def run_jobs(
                     if outcome.row is not None or outcome.reason:
                         waiting.remove(outcome)
                         end(outcome)
-                time.sleep(_LOOK)
+                time.sleep(LOOK)
         except BaseException:
             while alive := [each for each in running if each.process.poll() is None]:
                 for each in alive:
-                    _pass_on(each, max(1, len(asked)))
-                time.sleep(_LOOK)
+                    pass_on(each, max(1, len(asked)))
+                time.sleep(LOOK)
             raise
     return outcomes
 
 
-def _pass_on(running: _Running, signals: int) -> None:
+def pass_on(running: Running, signals: int) -> None:
     """Of so many signals send a run those that it has not heard of: one asks it to save and end, one more kills it."""
     if running.signals < signals:
         running.signals = signals
-        _send(running.process, signal.SIGTERM if signals == 1 else signal.SIGKILL)
+        send(running.process, signal.SIGTERM if signals == 1 else signal.SIGKILL)
 
 
 class Interrupted(Exception):
@@ -227,7 +227,7 @@ class Interrupted(Exception):
         self.number = number
 
 
-def _start(outcome: Outcome, slot: int, place: dict[str, str]) -> _Running | None:
+def start(outcome: Outcome, slot: int, place: dict[str, str]) -> Running | None:
     """A process that does the job; None where another does it, or has (then `outcome.row` is set), or none can."""
     job = outcome.job
     LOCKS.mkdir(parents=True, exist_ok=True)
@@ -245,7 +245,7 @@ def _start(outcome: Outcome, slot: int, place: dict[str, str]) -> _Running | Non
     if process is None:
         lock.release()
         return None
-    return _Running(outcome, process, lock, slot)
+    return Running(outcome, process, lock, slot)
 
 
 def _begin(outcome: Outcome, place: dict[str, str]) -> subprocess.Popen[bytes] | None:
@@ -323,7 +323,7 @@ def _die_with(ledger: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _conclude(done: _Running) -> None:
+def conclude(done: Running) -> None:
     """Fill in what came of a process that has ended."""
     outcome, folder = done.outcome, done.outcome.folder
     assert folder is not None
@@ -350,13 +350,14 @@ def _why(folder: Path, code: int) -> str:
     return f"{said} ({how}; {output})"
 
 
-def _send(process: subprocess.Popen[bytes], number: int) -> None:
+def send(process: subprocess.Popen[bytes], number: int) -> None:
+    """A signal to a run that may have ended; SIGKILL goes to all of its processes."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number) if number == signal.SIGKILL else process.send_signal(number)
 
 
 @contextlib.contextmanager
-def _signals(answer: Callable[[int, Any], None]) -> Iterator[None]:
+def signals_to(answer: Callable[[int, Any], None]) -> Iterator[None]:
     before = {number: signal.signal(number, answer) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -358,7 +358,7 @@ class Attempt:
     trial: FrozenTrial
     outcome: Outcome
     began: float
-    process: jobs._Running | None = None
+    process: jobs.Running | None = None
     history: History | None = None
     reported: set[int] = field(default_factory=set)
     value: float | None = None
@@ -433,7 +433,7 @@ def search(
     free = list(range(len(places)))
     asked: list[int] = []
     wait_until = 0.0
-    with jobs._signals(lambda number, frame: asked.append(number)):
+    with jobs.signals_to(lambda number, frame: asked.append(number)):
         try:
             while True:
                 for number in holder.lost():
@@ -450,7 +450,7 @@ def search(
                     raise Interrupted(asked[0])
                 for attempt in held:
                     if attempt.process:
-                        jobs._pass_on(attempt.process, len(asked))
+                        jobs.pass_on(attempt.process, len(asked))
                 if not asked and len(held) < len(places) and time.monotonic() >= wait_until:
                     attempt_ = _take(what, holder, {attempt.number for attempt in held})
                     if attempt_ is not None:
@@ -460,12 +460,12 @@ def search(
                         return
                     wait_until = time.monotonic() + _PAUSE
                 look(held)
-                time.sleep(jobs._LOOK)
+                time.sleep(jobs.LOOK)
         except BaseException:
             while alive := [one.process for one in held if one.process and one.process.process.poll() is None]:
                 for process in alive:
-                    jobs._pass_on(process, max(1, len(asked)))
-                time.sleep(jobs._LOOK)
+                    jobs.pass_on(process, max(1, len(asked)))
+                time.sleep(jobs.LOOK)
             raise
         finally:
             for attempt in held:
@@ -489,8 +489,8 @@ def _give_up(holder: Holder, number: int, held: list[Attempt], free: list[int]) 
     held.remove(attempt)
     if attempt.process:
         while attempt.process.process.poll() is None:
-            jobs._send(attempt.process.process, signal.SIGKILL)
-            time.sleep(jobs._LOOK)
+            jobs.send(attempt.process.process, signal.SIGKILL)
+            time.sleep(jobs.LOOK)
         attempt.process.lock.release()
         free.append(attempt.process.slot)
     holder.drop(attempt.trial)
@@ -561,7 +561,7 @@ def _step(what: Search, attempt: Attempt, asked: bool, places: Sequence[dict[str
         if not (outcome.reason or attempt.pruned_at is not None or _is_another(what, attempt)):
             if not free:
                 return False
-            attempt.process = jobs._start(outcome, free[0], places[free[0]])
+            attempt.process = jobs.start(outcome, free[0], places[free[0]])
             if attempt.process is not None:
                 free.pop(0)
                 attempt.times += 1
@@ -576,7 +576,7 @@ def _step(what: Search, attempt: Attempt, asked: bool, places: Sequence[dict[str
             _stop(attempt)
         return False
     else:
-        jobs._conclude(running)
+        jobs.conclude(running)
         running.lock.release()
         free.append(running.slot)
         attempt.process = None
@@ -634,9 +634,9 @@ def _stop(attempt: Attempt) -> None:
     now = time.monotonic()
     if not attempt.asked_to_end:
         attempt.asked_to_end = now
-        jobs._send(attempt.process.process, signal.SIGTERM)
+        jobs.send(attempt.process.process, signal.SIGTERM)
     elif now - attempt.asked_to_end > PATIENCE_WITH_PRUNED:
-        jobs._send(attempt.process.process, signal.SIGKILL)
+        jobs.send(attempt.process.process, signal.SIGKILL)
 
 
 def _tell(what: Search, attempt: Attempt) -> None:

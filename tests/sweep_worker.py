@@ -56,7 +56,7 @@ def wanted(
 
 
 def look_often() -> None:
-    jobs.COMMAND, jobs._LOOK, study._PAUSE = STUB, 0.02, 0.1
+    jobs.COMMAND, jobs.LOOK, study._PAUSE = STUB, 0.02, 0.1
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 

@@ -33,7 +33,7 @@ def grid(
 ) -> Callable[..., Any]:
     """`spp train -m` with the small settings; the stub finds a run's key by its seed."""
     monkeypatch.setattr(jobs, "COMMAND", STUB)
-    monkeypatch.setattr(jobs, "_LOOK", 0.02)
+    monkeypatch.setattr(jobs, "LOOK", 0.02)
     (tmp_path / "keys.json").write_text(json.dumps(keys))
     return lambda *more: spp("train", *small, *more, "-m")
 

@@ -31,7 +31,7 @@ ONE: list[dict[str, str]] = [{}]
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jobs, "COMMAND", STUB)
-    monkeypatch.setattr(jobs, "_LOOK", 0.02)
+    monkeypatch.setattr(jobs, "LOOK", 0.02)
 
 
 def job(key: str, *words: str, tests: tuple[str, ...] = ("center_crop@32",), scores: bool = False) -> Job:
@@ -282,7 +282,7 @@ LEDGER = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from test_jobs import STUB, job, jobs, run_jobs
-jobs.COMMAND, jobs._LOOK = STUB, 0.02
+jobs.COMMAND, jobs.LOOK = STUB, 0.02
 print("ready", flush=True)
 words = sys.argv[3:]
 try:

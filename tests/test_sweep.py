@@ -38,7 +38,7 @@ DATABASE = os.environ.get("SPP_SWEEP_DATABASE", "")
 @pytest.fixture(autouse=True)
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for module, name in ((jobs, "COMMAND"), (jobs, "_LOOK"), (study, "_PAUSE")):
+    for module, name in ((jobs, "COMMAND"), (jobs, "LOOK"), (study, "_PAUSE")):
         monkeypatch.setattr(module, name, getattr(module, name))  # and put back
     look_often()
 

@@ -62,7 +62,7 @@ def database() -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
-    for module, name in ((sweep_worker.jobs, "COMMAND"), (sweep_worker.jobs, "_LOOK"), (sweep_worker.study, "_PAUSE")):
+    for module, name in ((sweep_worker.jobs, "COMMAND"), (sweep_worker.jobs, "LOOK"), (sweep_worker.study, "_PAUSE")):
         monkeypatch.setattr(module, name, getattr(module, name))
     sweep_worker.look_often()
     opened: list[RDBStorage] = []
