@@ -1,8 +1,9 @@
-"""Records: what run folders say of their runs, gathered without torch, for listing and comparing hundreds of them."""
+"""Records: what the folders of runs and sweeps say, gathered without torch, for listing and comparing hundreds."""
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import difflib
 import json
 import math
@@ -10,7 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -18,9 +19,12 @@ from typing import Any
 
 import yaml
 
-from .run import CHECKPOINTS, RESULTS, flat, is_in_training, read_key
+from .run import CHECKPOINTS, RESULTS, flat, is_held, is_in_training, read_key
 
 FINISHED, TRAINING, UNFINISHED, FAILED, DIVERGED = "finished", "in training", "unfinished", "failed", "diverged"
+PRUNED = "pruned"
+# Of a sweep's folder: what it is, what came of the trials that have ended, their runs, and who does which.
+SWEEP, TABLE, TRIALS, LOCKS = "sweep.json", "trials.csv", "trials", "locks"
 NONE = "–"
 METRIC = "val/top1_error"
 # Settings that differ by nature from run to run, or follow from where a run lies, and change nothing in it.
@@ -34,7 +38,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Record:
-    """A run as its folder tells it; `config` and `metrics` by dotted names, `why` in which words it ended early."""
+    """A run as its folder tells it; `config` and `metrics` by dotted names, `why` in which words it ended early.
+
+    Of a sweep config and metrics are those of its best trial, `epochs` the trials that have ended, `of` its budget.
+    """
 
     run: str
     folder: Path
@@ -49,6 +56,7 @@ class Record:
     started: str
     key: str
     config: Mapping[str, Any]
+    kind: str = "run"
 
     def value(self, name: str) -> Any:
         """The field, metric or setting `name`; None where the run has none of that name."""
@@ -57,7 +65,7 @@ class Record:
         return self.metrics[name] if name in self.metrics else self.config.get(name)
 
 
-FIELDS = ("run", "state", "epochs", "train_seconds", "images_per_s", "device", "started", "key")
+FIELDS = ("run", "kind", "state", "epochs", "train_seconds", "images_per_s", "device", "started", "key")
 
 
 # Reading
@@ -69,14 +77,15 @@ def find_runs(places: Iterable[Path]) -> list[Path]:
     for place in places:
         if not place.is_dir():
             raise ValueError(f"{place}: there is no such folder; name a run folder, or one with run folders below it")
-        below = list(_walk(place))
+        below = list(walk(place))
         if not below:
             raise ValueError(f"{place}: there is no run in it; spp train makes one")
         found.update(dict.fromkeys(below))
     return list(found)
 
 
-def _walk(place: Path) -> Iterator[Path]:
+def walk(place: Path) -> Iterator[Path]:
+    """The run folders that `place` is, or that lie below it."""
     for folder, folders, files in os.walk(place):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if "config.yaml" in files:
@@ -86,6 +95,8 @@ def _walk(place: Path) -> Iterator[Path]:
 
 def read_record(folder: Path) -> Record:
     """The record of the run of `folder`; what is damaged or missing there is left out, and never raises."""
+    if not folder.is_dir():
+        return _NOTHING
     config, about = dict(flat(read_config(folder))), read_json(folder / "environment.json")
     results, timing = read_json(folder / RESULTS), json_lines(folder / "timing.jsonl")
     state, why = _state(folder, bool(results))
@@ -196,6 +207,13 @@ def _state(folder: Path, has_ended: bool) -> tuple[str, str]:
     with contextlib.suppress(OSError):  # a folder that may only be read is nobody's in training
         if is_in_training(folder):
             return TRAINING, ""
+    sweep = sweep_of(folder)
+    trial = read_trials(sweep).get(folder.name, {}) if sweep else {}
+    if trial.get("state") == "pruned":
+        return PRUNED, ""
+    if trial.get("state") == "fail":
+        said = trial.get("reason") or ""
+        return DIVERGED if DIVERGED in said else FAILED, said
     if has_ended:
         return FINISHED, ""
     events = json_lines(folder / "events.jsonl")
@@ -228,9 +246,81 @@ def _started(folder: Path) -> str:
     named = re.match(r"(\d{4}-\d\d-\d\d)_(\d\d)-(\d\d)-(\d\d)", folder.name)
     if named:
         return f"{named[1]}T{named[2]}:{named[3]}:{named[4]}"
-    files = [folder / name for name in (".hydra/config.yaml", "config.yaml", "environment.json", "key")]
+    files = [folder / name for name in (".hydra/config.yaml", "config.yaml", "environment.json", "key", SWEEP)]
     times = [file.stat().st_mtime for file in files if file.is_file()]
     return datetime.fromtimestamp(min(times)).isoformat(timespec="seconds") if times else ""
+
+
+# Sweeps
+
+
+def sweep_of(folder: Path) -> Path | None:
+    """The folder of the sweep that the run of `folder` is a trial of."""
+    above = folder.parent.parent
+    return above if folder.parent.name == TRIALS and (above / SWEEP).is_file() else None
+
+
+def read_trials(sweep: Path) -> Mapping[str, Mapping[str, str]]:
+    """Name of its folder → what came of a trial that has ended, in the words of the sweep's table."""
+    try:
+        status = (sweep / TABLE).stat()
+        return _trials(sweep / TABLE, status.st_mtime_ns, status.st_size)
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return {}
+
+
+@lru_cache(maxsize=64)
+def _trials(path: Path, *version: int) -> Mapping[str, Mapping[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if str(row.get("number")).isdecimal()]
+    return {f"{int(row['number']):05d}": row for row in rows}
+
+
+def read_sweep(folder: Path) -> Record:
+    """The record of the sweep of `folder`; what is damaged or missing there is left out, and never raises."""
+    about, trials = read_json(folder / SWEEP), read_trials(folder)
+    runs = sorted(path for path in (folder / TRIALS).glob("*") if path.is_dir())
+    sign = -1 if about.get("direction") == "maximize" else 1
+    values = {name: value for name, row in trials.items() if (value := _value(row)) is not None}
+    best = min(values, key=lambda name: (sign * values[name], name), default=None)
+    states = Counter(row.get("state") for row in trials.values())
+    going = [path for path in (folder / LOCKS).glob("*.lock") if is_held(path)]
+    budget = about.get("trials")
+    is_done = isinstance(budget, int) and len(trials) >= budget
+    record = read_record(_run_of(folder, best, trials[best])) if best else _NOTHING
+    return replace(
+        record,
+        run=str(folder),
+        folder=folder,
+        kind="sweep",
+        state=TRAINING if going else FINISHED if is_done else UNFINISHED,
+        why=", ".join(f"{states[state]} {said}" for state, said in _OTHERWISE.items() if states[state]),
+        epochs=len(trials),
+        of=budget if isinstance(budget, int) else None,
+        train_seconds=sum(sum(_column(json_lines(run / "timing.jsonl"), "train_seconds")) for run in runs),
+        started=min(filter(None, map(_started, runs)), default=_started(folder)),
+        key="",
+    )
+
+
+_OTHERWISE = {"pruned": PRUNED, "fail": FAILED}  # state in the table → in words
+
+
+def _value(trial: Mapping[str, str]) -> float | None:
+    """The metric of a trial that was completed."""
+    try:
+        return float(trial["value"]) if trial.get("state") == "complete" else None
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def _run_of(sweep: Path, name: str, trial: Mapping[str, str]) -> Path:
+    """Where the run of a trial lies, if it is one that was made elsewhere, too."""
+    own, elsewhere = sweep / TRIALS / name, Path(str(trial.get("run")))
+    return own if own.is_dir() else elsewhere
+
+
+_NOTHING = Record("", Path(), UNFINISHED, "", 0, None, {}, 0.0, None, "", "", "", {})
 
 
 # Comparing

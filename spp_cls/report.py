@@ -51,6 +51,7 @@ from .records import (
     read_record,
     short_names,
     short_value,
+    sweep_of,
     text,
 )
 from .render import document
@@ -76,8 +77,9 @@ def run(config: DictConfig) -> None:
     metric = metric_name(records, config.metric)
     now = datetime.now()
     several = Path("reports", f"{now:%Y-%m-%d_%H-%M-%S}.html")
-    output = Path(str(config.output)) if config.output else records[0].folder / "report.html"
-    output = several if len(records) > 1 and not config.output else output
+    sweep = _sweep_of_all(records)
+    own = several if len(records) > 1 and not sweep else (sweep or records[0].folder) / "report.html"
+    output = Path(str(config.output)) if config.output else own
     if output.is_dir():
         raise ValueError(f"output={output}: is a folder; name a file")
     try:
@@ -92,11 +94,22 @@ def run(config: DictConfig) -> None:
 
 def page(records: Sequence[Record], metric: str) -> str:
     """The HTML file of one run or of several."""
-    title = Path(records[0].run).name if len(records) == 1 else f"{len(records)} runs"
+    title = Path(records[0].run).name if len(records) == 1 else _title(records)
     sections = _of_one(records[0], metric) if len(records) == 1 else _of_many(records, metric)
     body = "\n".join(part for part in sections if part)
     style, script = (Path(__file__).with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".css", ".js"))
     return document(title, body, css() + style, script)
+
+
+def _title(records: Sequence[Record]) -> str:
+    sweep = _sweep_of_all(records)
+    return f"Sweep {sweep.name}: {len(records)} trials" if sweep else f"{len(records)} runs"
+
+
+def _sweep_of_all(records: Sequence[Record]) -> Path | None:
+    """The folder of the sweep whose trials the runs are, if they are several of one."""
+    sweeps = {sweep_of(record.folder) for record in records}
+    return sweeps.pop() if len(records) > len(sweeps) == 1 else None
 
 
 # One run
@@ -374,7 +387,7 @@ def _of_many(records: Sequence[Record], metric: str) -> list[str]:
         "command": shlex.join(["spp", *typed()[1:]]),
     }
     return [
-        f"<h1>{len(records)} runs</h1>",
+        f"<h1>{escape(_title(records))}</h1>",
         _facts(facts),
         _section("Runs", _runs(records, metric, differ, short, looks)),
         _section("Learning", _overlaid(records, metric, looks)),

@@ -175,9 +175,14 @@ def in_training(folder: Path) -> Iterator[None]:
 
 def is_in_training(folder: Path) -> bool:
     """Whether a process trains the run of `folder` now."""
-    if not (folder / LOCK).is_file():
+    return is_held(folder / LOCK)
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a living process holds the file `lock`."""
+    if not lock.is_file():
         return False
-    held = FileLock(folder / LOCK)
+    held = FileLock(lock)
     try:
         held.acquire(timeout=0)
     except Timeout:

@@ -1,4 +1,4 @@
-"""`spp runs`: the runs there are: their state, errors, cost, and in which settings they differ."""
+"""`spp runs`: the runs and sweeps there are: their state, errors, cost, and in which settings they differ."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,17 @@ from .records import (
     metric_name,
     parse_filter,
     read_record,
+    read_sweep,
     short_names,
     short_value,
     sorted_by,
+    sweep_of,
     text,
+    walk,
 )
 from .words import duration, printable
 
-PLACES = ("runs", "multiruns")
+PLACES = ("runs", "multiruns", "sweeps")
 METRIC, DIFFERS = "metric", "differs"  # columns that are no value of a run
 COLUMNS = (
     *("run", "state", "epochs", METRIC, "test/top1_error", DIFFERS),
@@ -45,11 +48,11 @@ def run(config: DictConfig) -> None:
     """Everything that `spp runs` does with a config."""
     if config.limit is not None and config.limit < 1:
         raise ValueError(f"limit={config.limit}: give a number of runs, from 1 on")
-    places = [Path(str(place)) for place in config.folders or ()] or [p for p in map(Path, PLACES) if p.is_dir()]
+    places = [Path(str(place)) for place in config.folders or ()] or [p for p in map(Path, PLACES) if any(walk(p))]
     conditions = parse_filter(str(config.filter)) if config.filter else []
     if not places:
-        raise ValueError("folders: there is no runs/ nor multiruns/ here; name a folder, or make a run by spp train")
-    every = [read_record(folder) for folder in find_runs(places)]
+        raise ValueError(f"folders: no run below {', '.join(PLACES)} here; name a folder, or make a run by spp train")
+    every = list(_records(places))
     for condition in conditions:
         known_name(condition.name, every, f"filter={config.filter}")
     metric = metric_name(every, config.metric)
@@ -68,7 +71,21 @@ def run(config: DictConfig) -> None:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     print(table(listed, columns, metric, width), end="")
     states = ", ".join(f"{number} {state}" for state, number in Counter(record.state for record in listed).items())
-    print(f"{len(listed)} of {len(every)} runs{': ' if states else ''}{states}", file=sys.stderr)
+    what = "runs and sweeps" if any(record.kind == "sweep" for record in every) else "runs"
+    print(f"{len(listed)} of {len(every)} {what}{': ' if states else ''}{states}", file=sys.stderr)
+
+
+def _records(places: Sequence[Path]) -> Iterator[Record]:
+    """Runs, and in the place of trials their sweep, unless it is one of the `places` itself."""
+    named = {place.absolute() for place in places}
+    seen = set()
+    for folder in find_runs(places):
+        sweep = sweep_of(folder)
+        if sweep is None or named & {sweep.absolute(), folder.parent.absolute(), folder.absolute()}:
+            yield read_record(folder)
+        elif sweep not in seen:
+            seen.add(sweep)
+            yield read_sweep(sweep)
 
 
 def _is_of_use(name: str, records: Sequence[Record]) -> bool:
@@ -111,7 +128,7 @@ def cell(record: Record, name: str) -> str:
     """What a column shows of a run."""
     value = record.value(name)
     if name == "epochs":
-        return f"{record.epochs}/{NONE if record.of is None else record.of}"
+        return f"{record.epochs}/{NONE if record.of is None else record.of}{' trials' * (record.kind == 'sweep')}"
     if name == "state":
         return f"{record.state}: {record.why}" if record.why else record.state
     if value is None or value == "":

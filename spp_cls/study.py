@@ -36,8 +36,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from . import jobs
 from .jobs import Interrupted, Job, Outcome
+from .records import LOCKS
 
-LOCKS = "locks"  # of a sweep's folder: a file a trial, held by the worker that does it
 STORAGES = {"sqlite": "study.db", "journal": "journal.log"}
 # User attributes of a trial.
 KEY, RUN, REASON, PRUNED_AT, SAME_AS, EPOCHS = "key", "run", "reason", "pruned_at", "same_as", "epochs"

@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from .door import conf_folder, fail, key_of, names_apart, nearest, open_door, searched
+from .records import SWEEP, TABLE, TRIALS
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -46,6 +47,7 @@ def run(config: DictConfig) -> None:
     import optuna
 
     from . import build, jobs, study
+    from .run import write_json
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -85,16 +87,22 @@ def run(config: DictConfig) -> None:
     build.job_of(build.composed([*words, *first, *search]), (), folder)
     opened = study.open_study(config.storage, folder, direction, whole)
     _refuse_another(opened, words, space, metric, direction, folder)
+    write_json(folder / SWEEP, {"trials": trials, "metric": metric, "direction": direction, "command": sys.argv})
 
     def job(number: int, values: dict[str, Any]) -> jobs.Job:
         every = [*words, *(_word(key, value) for key, value in values.items()), *search]
-        return build.job_of(build.composed(every), every, folder / "trials" / f"{number:05d}", f"trial {number}")
+        return build.job_of(build.composed(every), every, folder / TRIALS / f"{number:05d}", f"trial {number}")
 
     what = study.Search(opened, space, trials, metric, sampler, job, bool(config.retry_failed))
     holder = study.Claims(opened, folder, config.patience) if study.is_url(config.storage) else study.Files(folder)
     told = Told(what, direction)
+
+    def ended(trial: FrozenTrial, reason: str) -> None:
+        _write_table(what, folder)
+        told.ended(trial, reason)
+
     try:
-        study.search(what, places, holder, told.ended, told.look)
+        study.search(what, places, holder, ended, told.look)
     except jobs.Interrupted as stopped:
         told.clear()
         print(jobs.STOPPED, file=sys.stderr)
@@ -337,15 +345,14 @@ def _shown(values: Mapping[str, Any]) -> str:
 
 def _conclude(what: Search, folder: Path, direction: str, words: Sequence[str], choice: str) -> None:
     from .run import write_whole
-    from .study import RUN, best_of, ended
+    from .study import RUN, best_of
 
-    trials = ended(what.study.get_trials(deepcopy=False))
-    write_whole(folder / "trials.csv", table(trials, what.space))
+    trials = _write_table(what, folder)
     best = best_of(trials, direction)
     if best is None:
         reasons = sorted({str(trial.user_attrs.get("reason", "")) for trial in trials} - {""})
         why = f": {reasons[0]}" if reasons else ""
-        print(f"no trial was completed; {folder}/trials.csv says why{why}", file=sys.stderr)
+        print(f"no trial was completed; {folder}/{TABLE} says why{why}", file=sys.stderr)
         sys.exit(1)
     drawn = [_word(key, what.space[key].value(stored)) for key, stored in best.params.items()]
     name = folder.name
@@ -355,11 +362,21 @@ def _conclude(what: Search, folder: Path, direction: str, words: Sequence[str], 
     print(f"best: trial {best.number}, {what.metric} {best.value:.6g}")
     for word in drawn:
         print(f"  {word}")
-    print(f"all of it:  {folder}/trials.csv")
+    print(f"all of it:  {folder}/{TABLE}")
     print(f"its run:    {best.user_attrs.get(RUN)}")
     print(f"train with: {command}")
     kept = f"mkdir -p conf/experiment && cp {folder}/best.yaml conf/experiment/{name}.yaml"
     print(f"or keep it: {kept} && spp train experiment={name}")
+
+
+def _write_table(what: Search, folder: Path) -> list[FrozenTrial]:
+    """Write what came of the trials that have ended, and give them."""
+    from .run import write_whole
+    from .study import ended
+
+    trials = ended(what.study.get_trials(deepcopy=False))
+    write_whole(folder / TABLE, table(trials, what.space))
+    return trials
 
 
 def _in_shell(word: str) -> str:

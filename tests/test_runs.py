@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import Spp
 from fake_runs import config_with, history, write_lines, write_run
+from filelock import FileLock
 
 from spp_cls.records import (
     Condition,
@@ -21,6 +22,7 @@ from spp_cls.records import (
     parse_filter,
     read_config,
     read_record,
+    read_sweep,
     short_names,
     sorted_by,
     text,
@@ -226,6 +228,61 @@ def test_names_and_order(runs: list[Path]) -> None:
     assert [each.config["optimizer.lr"] for each in sorted_by(records, "-val/top1_error")] == [0.1, 0.001, 0.01]
 
 
+# Sweeps
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Of five trials: two finished, the second the better, one pruned, one failed, one begun."""
+    folder = tmp_path / "sweeps" / "mine"
+    for i, (rate, error) in enumerate({0.1: 40.0, 0.2: 30.0, 0.3: 60.0, 0.4: 10.0, 0.5: 50.0}.items()):
+        write_run(folder / "trials" / f"0000{i}", config_with(optimizer__lr=rate), error, done=i < 2)
+    (folder / "sweep.json").write_text(json.dumps({"trials": 6, "direction": "minimize"}))
+    (folder / "trials.csv").write_text(
+        "number,state,value,optimizer.lr,epochs,run,reason\n0,complete,40.0,0.1,4,,\n1,complete,30.0,0.2,4,,\n"
+        "2,pruned,,0.3,4,,\n3,fail,,0.4,4,,no memory\n"
+    )
+    return folder
+
+
+def test_a_sweep_has_the_settings_and_errors_of_its_best_trial_and_the_time_of_all(sweep: Path) -> None:
+    record = read_sweep(sweep)
+    assert (record.kind, record.state, record.why) == ("sweep", "unfinished", "1 pruned, 1 failed")
+    assert (record.epochs, record.of, record.train_seconds, record.key) == (4, 6, 50.0, "")
+    assert (record.config["optimizer.lr"], record.metrics["val/top1_error"]) == (0.2, 30.0)
+    (sweep / "sweep.json").write_text(json.dumps({"trials": 4, "direction": "maximize"}))
+    assert (read_sweep(sweep).state, read_sweep(sweep).config["optimizer.lr"]) == ("finished", 0.1)
+    (sweep / "locks").mkdir()
+    with FileLock(sweep / "locks" / "00004.lock"):
+        assert read_sweep(sweep).state == "in training"
+
+
+def test_a_trial_is_called_what_the_sweep_decided(sweep: Path) -> None:
+    records = [read_record(sweep / "trials" / f"0000{i}") for i in range(5)]
+    assert [each.state for each in records] == ["finished", "finished", "pruned", "failed", "unfinished"]
+    assert records[3].why == "no memory"
+
+
+@pytest.mark.parametrize("damaged", ["", "number\n1\n", "number,state,value\n0,complete,x\n", "\0\n"])
+def test_a_damaged_table_of_a_sweep_is_left_out(sweep: Path, damaged: str) -> None:
+    (sweep / "trials.csv").write_text(damaged)
+    (sweep / "sweep.json").write_text("[")
+    record = read_sweep(sweep)
+    assert (record.state, record.of, record.metrics, record.train_seconds) == ("unfinished", None, {}, 50.0)
+
+
+def test_a_sweep_is_one_line_and_its_own_folder_lists_the_trials(spp: Spp, sweep: Path, runs: list[Path]) -> None:
+    lines = [json.loads(line) for line in spp("runs", "json=true").out.splitlines()]
+    assert sorted((line["run"], line["kind"]) for line in lines) == [
+        *((str(run.relative_to(sweep.parents[1])), "run") for run in runs),
+        ("sweeps/mine", "sweep"),
+    ]
+    answer = spp("runs", "columns=[run,epochs]")
+    assert "sweeps/mine                 4/6 trials" in answer.out and answer.err.startswith("4 of 4 runs and sweeps: ")
+    assert len(spp("runs", "sweeps/mine", "json=true").out.splitlines()) == 5
+    assert len(spp("runs", "sweeps/mine/trials/00001", "json=true").out.splitlines()) == 1
+
+
 # The table
 
 
@@ -305,7 +362,7 @@ def test_mistakes_are_one_line(spp: Spp, runs: list[Path], tmp_path: Path, words
 
 
 def test_no_runs_at_all(spp: Spp) -> None:
-    assert spp("runs").err.startswith("spp runs: folders: there is no runs/ nor multiruns/ here")
+    assert spp("runs").err.startswith("spp runs: folders: no run below runs, multiruns, sweeps here")
 
 
 def test_to_list_runs_loads_no_torch(runs: list[Path], tmp_path: Path) -> None:
