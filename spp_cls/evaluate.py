@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from .classifier import Classifier
     from .data import MultiSizeDataModule, Views
+    from .run import Run
 
 Scores = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -85,95 +87,97 @@ def per_class(matrix: Labels, classes: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
+@dataclass(frozen=True)
+class Tested:
+    """What came of a test: the images' rows in the index (n,), labels (n,) and class probabilities (n, K)."""
+
+    run: Run
+    datamodule: MultiSizeDataModule
+    rows: Labels
+    labels: Labels
+    scores: Scores
+
+
 def run(config: DictConfig) -> float:
     """Everything that `spp evaluate` does with a config; gives the top-1 error."""
     from . import build
     from .data import Views
-    from .recalibrate import recalibrate
-    from .run import write_json
 
     paths = [config.run] if isinstance(config.run, str) else list(config.run)
     views = build.instantiate(config.views, "views")
     assert isinstance(views, Views)
-    runs = [build.load_run(path, config.ckpt, config.trust) for path in paths]
-    all_scores: list[Scores] = []
-    first: MultiSizeDataModule | None = None
-    for each in runs:
-        classifier = build.load_classifier(each.checkpoint, config.trust)
-        views.check(classifier.net)
-        datamodule = build.restore_datamodule(each, classifier, config.root)
-        if config.batch_size:
-            datamodule.batch_size = config.batch_size
-        if config.num_workers is not None:
-            datamodule.num_workers = config.num_workers
-        assert datamodule.index is not None
-        rows = datamodule.index.rows(config.split)
-        first = first or datamodule
-        if not same_pictures(first, datamodule, config.split):
-            raise ValueError(f"run={each.folder}: its {config.split} pictures are not those of {runs[0].folder}")
-        if not len(rows):
-            raise ValueError(f"split={config.split}: {datamodule.root} has no such pictures")
-        if config.batch_norm == "recalibrated":
-            size = datamodule.sized(views).size
-            assert size is not None
-            recalibrate(classifier.net, datamodule, size, config.recalibration_images)
-        elif config.batch_norm != "shared":
-            raise ValueError(f"batch_norm={config.batch_norm}: use shared or recalibrated")
-        trainer = build.build_trainer(config, None)
-        rows, labels, scores = evaluate(classifier, datamodule, trainer, views, config.split)
-        all_scores.append(scores)
-        if len(runs) > 1:
-            print(f"{each.folder}: top-1 error {errors(labels, scores)['top1_error']:.2f} %", file=sys.stderr)
-    assert first is not None
-    mean = np.stack(all_scores).mean(0, dtype=np.float64).astype(np.float32)
-    size = first.sized(views).size
-
+    if config.batch_norm not in ("shared", "recalibrated"):
+        raise ValueError(f"batch_norm={config.batch_norm}: use shared or recalibrated")
+    tested: list[Tested] = []
+    for each in [build.load_run(path, config.ckpt, config.trust) for path in paths]:
+        tested.append(_test(each, views, config, tested[0] if tested else None))
+        if len(paths) > 1:
+            error = errors(tested[-1].labels, tested[-1].scores)["top1_error"]
+            print(f"{each.folder}: top-1 error {error:.2f} %", file=sys.stderr)
+    mean = np.stack([one.scores for one in tested]).mean(0, dtype=np.float64).astype(np.float32)
+    size = tested[0].datamodule.sized(views).size
     name = f"{config.split}_{views.crops}_{size}" + ("_recalibrated" if config.batch_norm != "shared" else "")
     name += "" if config.ckpt == "last" else f"_{config.ckpt}"
-    here = Path(HydraConfig.get().runtime.output_dir) if len(runs) > 1 else runs[0].folder / "evaluations" / name
+    here = Path(HydraConfig.get().runtime.output_dir) if len(paths) > 1 else tested[0].run.folder / "evaluations" / name
     folder = Path(config.output) if config.output else here
-    found = errors(labels, mean)
-    classes = first.classes
-    matrix = confusion_matrix(labels, mean)
-    index = first.index
-    assert index is not None
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_csv(folder / "per_class.csv", per_class(matrix, classes))
-    _write_csv(
-        folder / "confusion_matrix.csv",
-        [
-            {"label": name, **dict(zip(classes, row, strict=True))}
-            for name, row in zip(classes, matrix.tolist(), strict=True)
-        ],
-    )
-    (folder / "confusion_matrix.svg").write_text(draw_confusion_matrix(matrix, classes))
-    np.savez(
-        folder / "scores.npz",
-        paths=np.array(index.paths.take(rows)),
-        labels=labels,
-        scores=mean,
-        classes=np.array(classes),
-    )
-    write_json(
-        folder / "results.json",
-        {
-            "runs": [str(each.folder) for each in runs],
-            "checkpoints": [each.checkpoint.name for each in runs],
-            "split": config.split,
-            "views": views.crops,
-            "size": size,
-            "batch_norm": config.batch_norm,
-            "images": len(rows),
-            **found,
-        },
-    )
-    top5 = f", top-5 {found['top5_error']:.2f} %" if len(classes) > 5 else ""  # else every answer is among five
+    about = {"split": config.split, "views": views.crops, "size": size, "batch_norm": config.batch_norm}
+    found = errors(tested[0].labels, mean)
+    _write(folder, tested, mean, {**about, "images": len(mean), **found})
+    top5 = f", top-5 {found['top5_error']:.2f} %" if mean.shape[1] > 5 else ""  # else every answer is among five
     print(
-        f"{config.split} error of {len(rows)} images ({views.crops}, {size} px"
-        f"{f', {len(runs)} nets averaged' if len(runs) > 1 else ''}): "
+        f"{config.split} error of {len(mean)} images ({views.crops}, {size} px"
+        f"{f', {len(paths)} nets averaged' if len(paths) > 1 else ''}): "
         f"top-1 {found['top1_error']:.2f} %{top5}\nall of it: {folder}"
     )
     return found["top1_error"]
+
+
+def _test(run: Run, views: Views, config: DictConfig, first: Tested | None) -> Tested:
+    """The test of one run; raises ValueError where its pictures are not those of the `first` one."""
+    from . import build
+    from .recalibrate import recalibrate
+
+    classifier = build.load_classifier(run.checkpoint, config.trust)
+    views.check(classifier.net)
+    datamodule = build.restore_datamodule(run, classifier, config.root)
+    if config.batch_size:
+        datamodule.batch_size = config.batch_size
+    if config.num_workers is not None:
+        datamodule.num_workers = config.num_workers
+    if first is not None and not same_pictures(first.datamodule, datamodule, config.split):
+        raise ValueError(f"run={run.folder}: its {config.split} pictures are not those of {first.run.folder}")
+    assert datamodule.index is not None
+    if not len(datamodule.index.rows(config.split)):
+        raise ValueError(f"split={config.split}: {datamodule.root} has no such pictures")
+    if config.batch_norm == "recalibrated":
+        size = datamodule.sized(views).size
+        assert size is not None
+        recalibrate(classifier.net, datamodule, size, config.recalibration_images)
+    trainer = build.build_trainer(config, None)
+    return Tested(run, datamodule, *evaluate(classifier, datamodule, trainer, views, config.split))
+
+
+def _write(folder: Path, tested: Sequence[Tested], mean: Scores, results: dict[str, Any]) -> None:
+    """What `spp evaluate` leaves in `folder`, of class probabilities (n, K) averaged over the runs."""
+    from .run import write_json
+
+    first = tested[0]
+    labels, classes = first.labels, first.datamodule.classes
+    matrix = confusion_matrix(labels, mean)
+    assert first.datamodule.index is not None
+    paths = np.array(first.datamodule.index.paths.take(first.rows))
+    counts = [dict(zip(classes, row, strict=True)) for row in matrix.tolist()]
+    confusions = [{"label": name, **row} for name, row in zip(classes, counts, strict=True)]
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_csv(folder / "per_class.csv", per_class(matrix, classes))
+    _write_csv(folder / "confusion_matrix.csv", confusions)
+    (folder / "confusion_matrix.svg").write_text(draw_confusion_matrix(matrix, classes))
+    np.savez(folder / "scores.npz", paths=paths, labels=labels, scores=mean, classes=np.array(classes))
+    runs = {
+        "runs": [str(one.run.folder) for one in tested],
+        "checkpoints": [one.run.checkpoint.name for one in tested],
+    }
+    write_json(folder / "results.json", {**runs, **results})
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

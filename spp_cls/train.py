@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,18 +112,55 @@ def check(net: nn.Module, datamodule: MultiSizeDataModule, trainer: Trainer, tes
             cost(net, shape)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A run of which all is known, and nothing written."""
+
+    folder: Path
+    config: DictConfig
+    resolved: dict[str, Any]
+    ckpt_path: Path | None
+    saved: Saved | None
+    differences: list[Difference]  # of the checkpoint's run from this one
+    classifier: Classifier
+    datamodule: MultiSizeDataModule
+    trainer: Trainer
+    key: str
+    tests: list[Test]  # to make, after the one that Lightning makes
+    made: list[Row]  # that were made of the same weights before
+
+
 def run(config: DictConfig) -> float | None:
     """Everything that `spp train` does with a config; gives `optimized_metric` for sweepers."""
-    from . import build, dashboards
+    from . import dashboards
+    from .run import in_training
+
+    it = prepare(config, Path(HydraConfig.get().runtime.output_dir))
+    if not it.trainer.is_global_zero:
+        _train_and_test(it)
+        return None
+    it.folder.mkdir(parents=True, exist_ok=True)
+    with in_training(it.folder):
+        key = _write_what_begins(it)
+        try:
+            metrics, tested = _train_and_test(it)
+            if not it.trainer.interrupted:
+                _show(it.folder, it.trainer, {**metrics, "tests": tested}, it.resolved)
+        finally:
+            dashboards.close(it.trainer.loggers)
+        return _write_what_came_out(it.folder, it.trainer, metrics, it.config, {"key": key, "tests": tested})
+
+
+def prepare(config: DictConfig, folder: Path) -> Prepared:
+    """Build all that the run of `config` needs; raises ValueError for what can be known to go wrong."""
+    from . import build
     from .differences import of_all_ranks
     from .ranks import place, refuse_different
-    from .results import SCORES, read_results, scores_path
-    from .run import KEY, find_checkpoint, in_training, read_key, write_whole
+    from .run import find_checkpoint
 
     if config.get("hparams_search"):
         choice = HydraConfig.get().runtime.choices["hparams_search"]
         raise ValueError(f"hparams_search={choice} is a space: run it by spp sweep hparams_search={choice}")
-    folder = Path(HydraConfig.get().runtime.output_dir)
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     ckpt_path = find_checkpoint(config.ckpt_path) if config.ckpt_path else None
     if ckpt_path and not config.trust:  # before anything that it names is even imported
@@ -156,41 +194,41 @@ def run(config: DictConfig) -> float | None:
         refuse_different(of_all_ranks(identity, folder))
     _ = datamodule.pictures  # a cache that is wanted is made here, before other ranks are started
     key = build.key_of(asked, datamodule)
-    before = read_results(folder) if saved else {}
-    stay = before.get("tests", []) if before.get("key") == key else []  # that were made of the same weights
-    there = [one["test"] for one in stay]
-    if config.keep_scores:
-        there = [name for name in there if scores_path(folder / SCORES, name).is_file()]
-    made = {first.name, *there}
-    tests = list({test.name: test for test in tests if test.name not in made}.values())
+    made = _made_before(folder, key) if saved else []
+    there = _with_scores(folder, made) if config.keep_scores else made
+    names = {first.name, *(one["test"] for one in there)}
+    left = list({test.name: test for test in tests if test.name not in names}.values())
+    return Prepared(folder, config, resolved, ckpt_path, saved, found, classifier, datamodule, trainer, key, left, made)
 
-    if not trainer.is_global_zero:
-        train(classifier, datamodule, trainer, ckpt_path, config.test)
-        if config.test and not trainer.interrupted:
-            test(classifier, datamodule, trainer, tests)
-        return None
-    tested: list[Row] = []
-    folder.mkdir(parents=True, exist_ok=True)
-    with in_training(folder):
-        _write_what_begins(folder, OmegaConf.to_yaml(OmegaConf.create(resolved)), datamodule, classifier)
-        if saved and read_key(folder) != key:
-            key = ""  # what went on otherwise than it began is no run of either setting
-        write_whole(folder / KEY, f"{key}\n")
-        if saved:
-            _say_what_differs(folder, saved, found)
-        try:
-            metrics = train(classifier, datamodule, trainer, ckpt_path, config.test)
-            if config.test and not trainer.interrupted:
-                if dashboards.shows_tests(trainer.loggers):
-                    _keep_test(folder, classifier, datamodule, trainer)
-                tested = test(classifier, datamodule, trainer, tests, folder / SCORES if config.keep_scores else None)
-            names = {one["test"] for one in tested}
-            tested += [one for one in stay if one["test"] not in names]
-            if not trainer.interrupted:
-                _show(folder, trainer, {**metrics, "tests": tested}, resolved)
-        finally:
-            dashboards.close(trainer.loggers)
-        return _write_what_came_out(folder, trainer, metrics, config, {"key": key, "tests": tested})
+
+def _made_before(folder: Path, key: str) -> list[Row]:
+    """The tests of a run that is finished, if its settings are these."""
+    from .results import read_results
+
+    before = read_results(folder)
+    return list(before.get("tests", [])) if before.get("key") == key else []
+
+
+def _with_scores(folder: Path, tests: list[Row]) -> list[Row]:
+    from .results import SCORES, scores_path
+
+    return [one for one in tests if scores_path(folder / SCORES, one["test"]).is_file()]
+
+
+def _train_and_test(it: Prepared) -> tuple[dict[str, float], list[Row]]:
+    """Metrics by name, and all tests of these weights."""
+    from . import dashboards
+    from .results import SCORES
+
+    metrics = train(it.classifier, it.datamodule, it.trainer, it.ckpt_path, it.config.test)
+    if not it.config.test or it.trainer.interrupted:
+        return metrics, it.made
+    if it.trainer.is_global_zero and dashboards.shows_tests(it.trainer.loggers):
+        _keep_test(it.folder, it.classifier, it.datamodule, it.trainer)
+    keep = it.folder / SCORES if it.config.keep_scores else None
+    tested = test(it.classifier, it.datamodule, it.trainer, it.tests, keep)
+    names = {one["test"] for one in tested}
+    return metrics, [*tested, *(one for one in it.made if one["test"] not in names)]
 
 
 def _keep_test(folder: Path, classifier: Classifier, datamodule: MultiSizeDataModule, trainer: Trainer) -> None:
@@ -220,20 +258,27 @@ def _show(folder: Path, trainer: Trainer, results: dict[str, Any], config: dict[
     dashboards.end(trainer.loggers, folder, read_history(folder), errors, config, chosen(words))
 
 
-def _write_what_begins(folder: Path, config: str, datamodule: MultiSizeDataModule, classifier: Classifier) -> None:
+def _write_what_begins(it: Prepared) -> str:
+    """What a run folder has before the first step; gives the key that stands there."""
     from .going_on import OVERRIDES, settings
-    from .run import environment, write_json, write_whole
+    from .run import KEY, environment, read_key, write_json, write_whole
 
-    assert datamodule.index is not None
+    index, folder = it.datamodule.index, it.folder
+    assert index is not None
+    config = OmegaConf.to_yaml(OmegaConf.create(it.resolved))
     write_whole(folder / "config.yaml", config)
-    left_out = {bad.path: bad.reason for bad in datamodule.index.bad}
-    write_json(
-        folder / "environment.json", {**environment(typed(), config, datamodule.index.digest), "left_out": left_out}
-    )
+    left_out = {bad.path: bad.reason for bad in index.bad}
+    write_json(folder / "environment.json", {**environment(typed(), config, index.digest), "left_out": left_out})
     if settings():
         write_whole(folder / OVERRIDES, OmegaConf.to_yaml(OmegaConf.create(settings())))
-    parameters = sum(p.numel() for p in classifier.net.parameters())
-    print(f"{datamodule.index.describe()}\nnet: {parameters:,} parameters\nrun: {folder}", file=sys.stderr)
+    parameters = sum(p.numel() for p in it.classifier.net.parameters())
+    print(f"{index.describe()}\nnet: {parameters:,} parameters\nrun: {folder}", file=sys.stderr)
+    # What went on otherwise than it began is no run of either setting.
+    key = it.key if not it.saved or read_key(folder) == it.key else ""
+    write_whole(folder / KEY, f"{key}\n")
+    if it.saved:
+        _say_what_differs(folder, it.saved, it.differences)
+    return key
 
 
 def _write_what_came_out(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -573,7 +574,7 @@ def test_five_real_kills(tmp_path: Path, pictures: Path) -> None:
     for wanted in (25, 55, 80, 115, 150):
         child = start(*words) if wanted == 25 else start("ckpt_path=run")
         deadline = time.monotonic() + 100
-        while not (out / "history.jsonl").exists() or (out / "history.jsonl").read_bytes().count(b"\n") < wanted:
+        while _lines(out) < wanted:
             assert child.poll() is None and time.monotonic() < deadline
             time.sleep(0.001)
         child.send_signal(signal.SIGKILL)
@@ -587,3 +588,61 @@ def test_five_real_kills(tmp_path: Path, pictures: Path) -> None:
     assert {name: len(points) for name, points in board.scalars.items()} == dict.fromkeys(ERRORS, 1)
     assert [len(points) for points in board.images.values()] == [1, 1, 1]
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+
+
+def _lines(run: Path) -> int:
+    history = run / "history.jsonl"
+    return history.read_bytes().count(b"\n") if history.is_file() else 0
+
+
+NINE = """
+title: Three rows
+about: Three rows of three seeds.
+rows:
+  a: {name: none, settings: [experiment=table2a_no_spp]}
+  b: {name: one size, settings: [experiment=table2b_single_size]}
+  c: {name: two sizes, settings: [experiment=table2c_multi_size]}
+columns: {tiny: {name: tiny, settings: [model=tiny]}}
+test: center_crop
+"""
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_nine_runs_of_a_table_side_by_side_one_of_them_killed_five_times(tmp_path: Path, pictures: Path) -> None:
+    """Each is read back by W&B's own reader: its place, config, summary, and every row of its history once."""
+    (tmp_path / "conf" / "table").mkdir(parents=True)
+    (tmp_path / "conf" / "table" / "mine.yaml").write_text(NINE)
+    words = [
+        *("data=folder", f"data.root={pictures}", "data.region=64", "data.resize=72", "data.batch_size=8"),
+        *("data.num_workers=0", "model.width=0.2", "trainer=cpu", "trainer.max_epochs=40", "logger=wandb"),
+        *("tags=[nine]", "seeds=3", "at_once=9", "results=results"),
+    ]
+
+    def folder_of(run: str) -> Path:
+        return next((tmp_path / "runs" / "mine").glob(f"{run}_*"), tmp_path)
+
+    def start() -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "spp_cls", "table", "mine", *words]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+
+    for kill in range(5):
+        table, wanted = start(), 20 * (kill + 1)
+        until = time.monotonic() + 500
+        while _lines(victim := folder_of("c_tiny_seed1")) < wanted:
+            assert table.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+        os.kill(json.loads((victim / "environment.json").read_text())["process"], signal.SIGKILL)
+        table.terminate()  # its other runs save
+        table.wait(timeout=200)
+    assert start().wait(timeout=1000) == 0
+    for row, seed in itertools.product("abc", range(3)):
+        out = folder_of(f"{row}_tiny_seed{seed}")
+        assert_shown(out, "wandb")
+        run, results = read_wandb_run(offline_file(out)), json.loads((out / "results.json").read_text())
+        assert (run.place["run_group"], run.place["tags"]) == ("mine", ["nine"])
+        assert run.place["display_name"].endswith(f"-tiny-{seed}") and run.place["job_type"] == "train"
+        assert run.config == yaml.safe_load((out / "config.yaml").read_text())
+        assert run.summary["test/top1_error"] == pytest.approx(results["test/top1_error"])
+        assert run.end.count("test/per_class") == 1
