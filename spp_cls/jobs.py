@@ -77,13 +77,20 @@ def folders_by_key(places: Iterable[Path] = RUNS) -> dict[str, Path]:
     """Key → run folder, finished ones first, then those that can be gone on with; of several the one begun first."""
     found: dict[str, tuple[int, str, Path]] = {}
     for place in places:
-        for path in place.glob(f"**/{KEY}"):
-            folder = path.parent
+        for folder in _with_key(place):
             rank = (0 if (folder / RESULTS).is_file() else 1 if _has_saved(folder) else 2, str(folder), folder)
             key = read_key(folder)
             found[key] = min(rank, found.get(key, rank))
     found.pop("", None)  # of runs that went on otherwise than they began
     return {key: folder for key, (_, _, folder) in found.items()}
+
+
+def _with_key(place: Path) -> Iterator[Path]:
+    """The run folders below `place` that have a key; what lies in one, checkpoints and pictures, is not looked at."""
+    for folder, folders, files in os.walk(place):
+        if KEY in files:
+            folders.clear()
+            yield Path(folder)
 
 
 def known_rows(results: Iterable[Path] = (Path("results"),), places: Iterable[Path] = RUNS) -> dict[str, Row]:

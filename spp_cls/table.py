@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # What of a command `spp table` reads itself, and what it sets of each run.
 OWN = ("table", "rows", "columns", "seeds", "most", "precision", "margin", "same_compute", "at_once", "run", "results")
-SETS = ("seed", "views", "test", "tests", "name", "ckpt_path", "resume")
+SETS = ("seed", "views", "test", "tests", "ckpt_path", "resume")
 Jobs = dict[tuple[str, str], dict[int, "Job"]]  # (row, column) → seed → job
 
 
@@ -127,7 +127,7 @@ def _plans(spec: Spec, words: list[str], search: list[str], same_compute: bool) 
     cells: dict[tuple[str, str], tuple[str, str]] = {}  # (key, tests) → the cell that they are of
     for cell, (settings, tests) in needed(spec).items():
         row, column = cell
-        every = list(last_wins([*settings, *words, f"tests=[{','.join(tests)}]", f"name={spec.name}"]))
+        every = list(last_wins([*settings, *words, f"tests=[{','.join(tests)}]"]))
         composed = build.composed([*every, *search])
         flops = training_flops(composed, tests)
         first = next((plan.flops for (_, of), plan in plans.items() if of == column), flops)

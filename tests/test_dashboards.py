@@ -642,7 +642,8 @@ def test_nine_runs_of_a_table_side_by_side_one_of_them_killed_five_times(tmp_pat
         assert_shown(out, "wandb")
         run, results = read_wandb_run(offline_file(out)), json.loads((out / "results.json").read_text())
         assert (run.place["run_group"], run.place["tags"]) == ("mine", ["nine"])
-        assert run.place["display_name"].endswith(f"-tiny-{seed}") and run.place["job_type"] == "train"
+        experiment = {"a": "table2a_no_spp", "b": "table2b_single_size", "c": "table2c_multi_size"}[row]
+        assert (run.place["display_name"], run.place["job_type"]) == (f"{experiment}-tiny-{seed}", "train")
         assert run.config == yaml.safe_load((out / "config.yaml").read_text())
         assert run.summary["test/top1_error"] == pytest.approx(results["test/top1_error"])
         assert run.end.count("test/per_class") == 1
