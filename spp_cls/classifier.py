@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,8 @@ class Classifier(LightningModule):
         self.test_errors = Errors()
         self.past_errors: list[float] = []  # val/top1_error of each epoch: what a plateau is seen in
         self.test_scores: dict[int, tuple[int, Tensor]] = {}  # row in the index → label, scores (K,)
+        self.test_seconds = 0.0  # of the test made last, from the setting up of its loader on
+        self._test_began = 0.0
         self._views_so_far: dict[int, int] = {}  # row in the index → how many views its scores are the mean of
 
     def forward(self, images: Tensor) -> Tensor:
@@ -150,6 +153,7 @@ class Classifier(LightningModule):
         return torch.unflatten(logits.float().softmax(-1), 0, (len(views), -1))
 
     def setup(self, stage: str) -> None:
+        self._test_began = time.perf_counter()
         views: Any = getattr(getattr(self.trainer, "datamodule", None), "views", None)
         if hasattr(views, "check"):
             views.check(self.net)  # before training, and not when that is done
@@ -250,6 +254,7 @@ class Classifier(LightningModule):
             gathered: list[Any] = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(gathered, self.test_scores)
             self.test_scores = {row: scored for part in gathered for row, scored in part.items()}
+        self.test_seconds = time.perf_counter() - self._test_began
         self._report("test", self.test_errors)
 
     def _report(self, split: str, errors: Errors, suffix: str = "") -> dict[str, float]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -72,12 +73,14 @@ def register_resolvers() -> None:
     `${px:180,${data.region}}`: 180 px at a region of 224, in proportion else. `${choice:model}`: which file of the
     group was chosen. `${run_id:}`: eight hex digits, the same throughout a command. `${choices:train}` and
     `${settings:train}`: what --help says, and `${choices_of:table}` of a group alone. `${wandb:NAME,a}`: WANDB_NAME,
-    else a. `${readable:${name},${seed}}`: what a run is called on a dashboard.
+    else a. `${readable:${name},${seed}}`: what a run is called on a dashboard. `${pick:${model.name},{zf5:70},90}`: 70
+    for zf5, else 90.
     """
     OmegaConf.register_new_resolver("choices", help_on_choices, replace=True)
     OmegaConf.register_new_resolver("choices_of", _help_on_group, replace=True)
     OmegaConf.register_new_resolver("settings", help_on_settings, replace=True)
     OmegaConf.register_new_resolver("px", lambda size, region: round(size * region / 224), replace=True)
+    OmegaConf.register_new_resolver("pick", lambda key, values, other: values.get(key, other), replace=True)
     OmegaConf.register_new_resolver("choice", _choice, replace=True)
     OmegaConf.register_new_resolver("wandb", _of_wandb, replace=True)
     OmegaConf.register_new_resolver("readable", _readable, replace=True)
@@ -379,11 +382,20 @@ def _composed(name: str, words: tuple[str, ...]) -> DictConfig:
         return hydra.compose(name, list(words), return_hydra_config=True)
 
 
+def torn(error: yaml.MarkedYAMLError) -> str:
+    """A line on a file that is no YAML."""
+    mark = error.problem_mark or error.context_mark
+    where = f"{mark.name}, line {mark.line + 1}" if mark else "a config"
+    return f"{where}: is no YAML: {error.problem}; quote what has brackets, colons or commas"
+
+
 def _compose_or_explain(name: str, words: list[str], overrides: list[Override]) -> None:
     try:
         config = compose(name, words)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ValueError(_explain(name, words, str(error))) from None
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(torn(error)) from None
     groups = {*_groups(), "hydra.searchpath"}
     _check_types(config, compose(name, [word for word in words if key_of(word) in groups]))
     missing = [key for key in dotted(config) if _is(OmegaConf.is_missing, config, key)]

@@ -21,6 +21,7 @@ Kind = Literal["better", "worse", "equal", "not known"]
 
 # Paired differences of a run that `more_seeds` may end are taken at this level; it then covers 95 % or more.
 STOPPED_LEVEL = 0.97
+LEAST = 5  # seeds before it may: after fewer it covers as little as 93 %
 
 _POWER = 0.8  # "could have been seen" means in four tables of five
 _SAME = 1e-9  # points; narrower than any interval that is not of equal numbers
@@ -187,9 +188,9 @@ def conclusion(difference: Estimate, paper: float | None, margin: float) -> Conc
 def more_seeds(half_widths: Sequence[float], n: int, least: int, most: int, precision: float) -> bool:
     """Whether one more seed is to be run: not from `least` on if all `half_widths` are ≤ `precision`, nor from `most`.
 
-    `half_widths` are of the paired differences over the `n` seeds so far, in points; nan is not known. The rule looks
-    at widths alone and never at which side of nought an interval lies: who stops at the first significant difference
-    finds one sooner or later where there is none.
+    `half_widths` are of the paired differences over the `n` seeds so far, in points; neither nan nor 0 is known. The
+    rule looks at widths alone and never at which side of nought an interval lies: who stops at the first significant
+    difference finds one sooner or later where there is none.
 
     Still, runs tend to be stopped when their spread looks small by chance. Simulated (normal differences, most = 20,
     precision from half their standard deviation to twice it), intervals at 95 % cover 90 to 95 % with least = 3 and
@@ -201,7 +202,7 @@ def more_seeds(half_widths: Sequence[float], n: int, least: int, most: int, prec
         raise ValueError(f"least={least}, most={most}: 2 ≤ least ≤ most is needed")
     if not precision > 0:
         raise ValueError(f"precision={precision}: it has to be above 0")
-    return n < most and (n < least or not all(half <= precision for half in half_widths))
+    return n < most and (n < least or not all(_SAME <= half <= precision for half in half_widths))
 
 
 def signed(points: float) -> str:

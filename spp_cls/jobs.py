@@ -171,7 +171,7 @@ def run_jobs(
     free = list(range(len(places)))
     asked: list[int] = []
     failed: dict[str, str] = {}
-    folders = folders_by_key() if any(job.scores for job in jobs) else {}
+    folders = folders_by_key()
 
     def end(outcome: Outcome) -> None:
         if outcome.row is None:
@@ -200,6 +200,12 @@ def run_jobs(
                         outcome.row, outcome.was_done = rows[job.key], True
                     elif job.key in failed:
                         outcome.reason = failed[job.key]
+                    elif job.key in rows and job.key not in folders:
+                        outcome.reason = (
+                            f"its result row has no {', '.join(lacks(job, rows[job.key]))}, and its run folder is not "
+                            f"here to be tested: put that back below {RUNS[0]}/, or, to train it again, remove the row "
+                            f"of key {job.key}"
+                        )
                     elif free:
                         started = start(outcome, free[0], places[free[0]])
                         if started is not None:

@@ -122,7 +122,7 @@ def _row(table: Table, row: str) -> list[list[str]]:
     """The texts of each column: the paper's, where the table has any, and ours."""
     cells = [table.cell(row, column) for column in table.columns]
     papers = _has_paper(table)
-    return [[*([_number(cell.paper)] if papers else []), _ours(cell)] for cell in cells]
+    return [[*([_number(cell.paper)] if papers else []), _ours(cell, table.missing)] for cell in cells]
 
 
 def _differences(table: Table) -> tuple[list[str], list[list[str]]]:
@@ -186,9 +186,9 @@ def _mean_half(estimate: Estimate | None, sign: bool = False) -> str:
     return _number(estimate.mean, sign) + half
 
 
-def _ours(cell: Cell) -> str:
+def _ours(cell: Cell, missing: str) -> str:
     if cell.ours is None or not _is_known(cell.ours):
-        return NOT_RUN
+        return missing
     images = "" if cell.over_images is None else f" {_brackets(cell.over_images)}"
     return f"{_mean_half(cell.ours)} (n = {cell.ours.n}){images}"
 
@@ -466,7 +466,7 @@ def _html_cell(table: Table, row: str, column: str, papers: bool) -> str:
     cell = table.cell(row, column)
     paper = f'<td class="paper">{_number(cell.paper)}</td>' if papers else ""
     if not _is_known(cell.ours):
-        return f'{paper}<td class="missing">{NOT_RUN}</td>'
+        return f'{paper}<td class="missing">{escape(table.missing)}</td>'
     assert cell.ours is not None
     half = "" if math.isnan(cell.ours.half) else f" ± {cell.ours.half:.2f}"
     images = "" if cell.over_images is None else f"<br>{_brackets(cell.over_images)}"

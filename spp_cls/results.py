@@ -22,13 +22,13 @@ Wrong = npt.NDArray[np.bool_]
 def result_of_test(name: str, labels: npt.NDArray[np.int64], scores: Any, seconds: float | None) -> Row:
     """What a row keeps of a test: errors in percent, and which images were wrong, in the order of the index.
 
-    `labels` (n,), `scores` (n, K).
+    `labels` (n,), `scores` (n, K); `seconds` None where nothing was run for it, as for an average.
     """
     return {
         "test": name,
         "images": len(labels),
         **errors(labels, scores),
-        "seconds": None if seconds is None else round(seconds, 2),
+        "seconds": None if seconds is None else round(seconds, 4),
         "wrong": base64.b64encode(np.packbits(~_best(labels, scores)[:, 0]).tobytes()).decode(),
     }
 
@@ -191,7 +191,9 @@ def _is_test(test: Any) -> bool:
 
 
 def together(a: Row, b: Row) -> Row:
-    """Two rows of one run: `b` with the tests that only `a` has."""
+    """Two rows of a run: `b` with the tests that only `a` has; of one that was trained twice the row of more tests."""
+    if a["curve"] != b["curve"]:  # other weights, such as those of another machine
+        return a if len(a["tests"]) > len(b["tests"]) else b
     has = {test["test"] for test in b["tests"]}
     return {**b, "tests": [*b["tests"], *(test for test in a["tests"] if test["test"] not in has)]}
 

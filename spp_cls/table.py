@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # What of a command `spp table` reads itself, and what it sets of each run.
 OWN = ("table", "rows", "columns", "seeds", "most", "precision", "margin", "same_compute", "at_once", "run", "results")
+SHOWN = ("rows", "columns", "seeds", "most", "precision", "margin", "same_compute")  # of OWN, what decides the table
 SETS = ("seed", "views", "test", "tests", "ckpt_path", "resume")
 Jobs = dict[tuple[str, str], dict[int, "Job"]]  # (row, column) → seed → job
 
@@ -33,6 +34,7 @@ class Plan:
     job: Callable[[int], Job]
     flops: float
     names: Mapping[str, str]
+    classes: int
 
 
 def run(config: DictConfig) -> None:
@@ -54,6 +56,8 @@ def run(config: DictConfig) -> None:
     typed: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # ${…} is for each run to work out
     words = [word for word in typed if key_of(word).partition("@")[0] not in (*OWN, "output")]
     plans = _plans(spec, words, searched(hydra.runtime.config_sources), config.same_compute)
+    if max(plan.classes for plan in plans.values()) <= 5:  # every answer is among five
+        spec = replace(spec, metrics=tuple(name for name in spec.metrics if name != "top5_error") or spec.metrics)
     output = Path(config.output or Path("tables", choice + ("_same_compute" if config.same_compute else "")))
 
     seeds = config.seeds
@@ -78,7 +82,7 @@ def run(config: DictConfig) -> None:
             sys.exit(1)
         if not config.run or config.precision is None:
             break
-        if not intervals.more_seeds(tables.widths(found), seeds, max(2, config.seeds), config.most, config.precision):
+        if not intervals.more_seeds(tables.widths(found), seeds, config.seeds, config.most, config.precision):
             break
         seeds += 1
     print((output / "table.md").read_text(encoding="utf-8"))
@@ -95,6 +99,12 @@ def _check(config: DictConfig) -> None:
         value = config[key]
         if (value is not None or key == "margin") and not (_is_number(value) and 0 < value < 100):
             raise ValueError(f"{key}={value}: use percent points above 0, like 0.5")
+    from .intervals import LEAST
+
+    if config.precision is not None and config.seeds < LEAST:
+        raise ValueError(
+            f"seeds={config.seeds}: with precision at least {LEAST}; intervals of fewer would cover less than they say"
+        )
     if (config.most is None) != (config.precision is None):
         raise ValueError("precision and most go together: until known to ± precision, but with no more than most seeds")
     for key, example in (("rows", "[b,c]"), ("columns", "[zf5]")):
@@ -145,7 +155,7 @@ def _plans(spec: Spec, words: list[str], search: list[str], same_compute: bool) 
             return build.job_of(own, (*every, f"seed={seed}", *search), folder, name)
 
         names = {test: build.tests_of([test], composed.data.region)[0].name for test in tests}
-        plans[cell] = Plan(job, flops, names)
+        plans[cell] = Plan(job, flops, names, len(build.listed(composed).classes))
         same = job(0).key, " - ".join(names[test] for test in parts_of(spec.test_of(row, column)))
         if same in cells:
             other = ", ".join(cells[same])
@@ -163,7 +173,9 @@ def _refuse_what_the_table_sets(spec: Spec, words: list[str]) -> None:
         if key in typed:
             instead = {"seed": "; the number of seeds is seeds=5"}.get(key, "")
             raise ValueError(f"{typed[key]}: the table sets {key} of each run itself{instead}")
-    for part in (*spec.rows.values(), *spec.columns.values()):
+    from .tables import Part
+
+    for part in (Part(spec.title, spec.settings), *spec.rows.values(), *spec.columns.values()):
         for setting in part.settings:
             for key, below in _set_by(setting):
                 word = next((typed[one] for one in typed if one == key or (below and one.startswith(f"{key}."))), None)
@@ -219,6 +231,8 @@ def training_flops(config: DictConfig, tests: Sequence[str] = ()) -> float:
     epochs = config.trainer.max_epochs
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"trainer.max_epochs={epochs}: a table compares runs of a number of epochs, at least 1")
+    if config.trainer.get("fast_dev_run"):
+        raise ValueError(f"trainer.fast_dev_run={config.trainer.fast_dev_run}: a table is of whole runs")
     datamodule = build.listed(config)
     images = images_at(datamodule, datamodule.planned_shapes(epochs))
     with torch.device("meta"):
@@ -229,7 +243,13 @@ def training_flops(config: DictConfig, tests: Sequence[str] = ()) -> float:
                 test.views.check(net)
                 cost(net, (test.views.size or datamodule.region,) * 2)
             except ValueError as error:
-                raise ValueError(f"{test.name}: {error}") from None
+                said = str(error).replace("use views=ten_crop", "leave out its row")
+                raise ValueError(f"{test.name}: {said}") from None
+        for size in datamodule.val_sizes:
+            try:
+                cost(net, (size, size))
+            except ValueError as error:
+                raise ValueError(f"data.val_sizes: {error}") from None
         return float(whole(images, {shape: cost(net, shape).training_flops for shape in images}))
     except NotImplementedError:
         return 0.0
@@ -242,11 +262,18 @@ def _say(
     from .words import duration
 
     cell_of = {job.key: cell for cell, by_seed in wanted.items() for job in by_seed.values()}
+    from .jobs import folders_by_key, is_done
+
     left = {job.key for job in in_turn if job.key not in rows}
+    folders = folders_by_key()
+    done = {job.key for job in in_turn if is_done(job, rows.get(job.key), folders.get(job.key))}
+    done -= {job.key for job in in_turn if not is_done(job, rows.get(job.key), folders.get(job.key))}
     work = sum(plans[cell_of[key]].flops for key in left)
-    done = [(plans[cell_of[key]].flops, rows[key]["train_seconds"]) for key in cell_of if key in rows]
-    cost, seconds = sum(f for f, _ in done), sum(s for _, s in done)
-    said = f"{spec.title}: {len(cell_of)} runs, {len(cell_of) - len(left)} done"
+    trained = [(plans[cell_of[key]].flops, rows[key]["train_seconds"]) for key in cell_of if key in rows]
+    cost, seconds = sum(f for f, _ in trained), sum(s for _, s in trained)
+    said = f"{spec.title}: {len(cell_of)} runs, {len(done)} done"
+    to_test = len(cell_of) - len(done) - len(left)
+    said += f", {to_test} trained and to be tested further" if to_test else ""
     if left:
         said += f"; {work / 1e15:.3f} PFLOP to train"
         if cost and seconds:
@@ -276,28 +303,52 @@ def _do(in_turn: list[Job], places: Any, rows: dict[str, Row], into: Path) -> in
     except jobs.Interrupted as stopped:
         print(jobs.STOPPED, file=sys.stderr)
         sys.exit(128 + stopped.number)
+    _keep_scores(in_turn, into.parent)
     return sum(outcome.row is None for outcome in outcomes)
+
+
+def _keep_scores(in_turn: Sequence[Job], results: Path) -> None:
+    """Copy the class probabilities that averages are made of to lie beside the result rows, and go where these go."""
+    from .jobs import folders_by_key
+    from .results import SCORES, scores_path
+
+    folders = folders_by_key() if any(job.scores for job in in_turn) else {}
+    for job in in_turn:
+        for test in job.tests if job.scores and job.key in folders else ():
+            own, beside = scores_path(folders[job.key] / SCORES, test), scores_path(results / SCORES / job.key, test)
+            if own.is_file() and not beside.is_file():
+                beside.parent.mkdir(parents=True, exist_ok=True)
+                draft = beside.with_name(f"{beside.name}.{os.getpid()}.tmp")
+                shutil.copyfile(own, draft)
+                os.replace(draft, beside)
 
 
 def _write(spec: Spec, runs: Any, plans: Any, config: DictConfig, words: list[str], output: Path, level: float) -> Any:
     """The table in all forms; gives the tables."""
     from . import jobs, render, tables
+    from .results import SCORES
     from .run import write_whole
     from .tabular import Page
 
     folders = jobs.folders_by_key()
     names = _names(spec, plans)
+
+    def read(row: Row, name: str) -> Any:
+        own = [folders[row["key"]] / SCORES] if row["key"] in folders else []
+        return _scores([Path(config.results, SCORES, row["key"]), *own], name)
+
     runs = dict(runs)
     for row, part in spec.rows.items():
         for column in spec.columns if part.average else ():
             (name,) = names[row, column]
-            runs[row, column] = tables.average(spec, row, column, runs, name, lambda r, n: _scores(folders, r, n))
+            runs[row, column] = tables.average(spec, row, column, runs, name, read)
             possible = set.intersection(*(set(runs[member, column]) for member in part.average))
             missing = sorted(possible - set(runs[row, column]))
             if missing:
                 print(
                     f"{part.name}, {spec.columns[column].name}: not averaged for seeds {', '.join(map(str, missing))}: "
-                    "the scores of its nets are in their run folders, which are not all here",
+                    f"the scores of its nets are neither in {config.results}/{SCORES} nor in run folders; bring either "
+                    "here",
                     file=sys.stderr,
                 )
     found = tables.fill(spec, runs, names, config.margin, level)
@@ -344,30 +395,32 @@ def _with_notes(table: Any, notes: tuple[str, ...]) -> Any:
     return replace(table, notes=(*table.notes, *notes))
 
 
-def _scores(folders: Mapping[str, Path], row: Row, name: str) -> Any:
+def _scores(places: Sequence[Path], name: str) -> Any:
+    """Labels and class probabilities of the test `name`, of the first of the folders that has them."""
     import numpy as np
 
-    from .results import SCORES, scores_path
+    from .results import scores_path
 
-    folder = folders.get(row["key"])
-    path = scores_path(folder / SCORES, name) if folder else None
-    if path is None or not path.is_file():
+    path = next((path for place in places if (path := scores_path(place, name)).is_file()), None)
+    if path is None:
         return None
     with np.load(path) as kept:
         return kept["labels"], kept["scores"].astype(np.float32)
 
 
 def _notes(spec: Spec, runs: Any, config: DictConfig, words: list[str]) -> tuple[str, ...]:
-    every = [row for by_seed in runs.values() for row in by_seed.values() if "device" in row]
+    every = list({row["key"]: row for by_seed in runs.values() for row in by_seed.values() if "key" in row}.values())
     images = sorted({test["images"] for row in every for test in row["tests"]})
     devices = sorted({str(row["device"]) for row in every})
     torch = sorted({str(row["versions"]["torch"]) for row in every})
-    settings = " ".join(word for word in words if not key_of(word).startswith(("data.root", "data.cache", "logger")))
-    own = " ".join(f"{key}={json.dumps(OmegaConf.to_container(config)[key])}" for key in ("seeds", "margin"))  # type: ignore[call-overload,index]
+    typed: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    own = [word for word in typed if key_of(word) in SHOWN]
+    own += [] if any(key_of(word) == "seeds" for word in own) else [f"seeds={config.seeds}"]
+    settings = " ".join([*words, *own])
     return (
         f"{len(every)} runs; test images: {', '.join(map(str, images)) or 'none yet'}",
         f"machine: {'; '.join(devices) or 'none yet'}; torch {', '.join(torch) or '–'}",
-        f"command: spp table {spec.name} {settings} {own}".replace('"', ""),
+        f"command: spp table {spec.name} {settings}",
     )
 
 

@@ -70,6 +70,9 @@ def spec_of(name: str, config: Mapping[str, Any]) -> Spec:
     for key in ("title", "rows", "columns", "test"):
         if not config.get(key):
             raise ValueError(f"table.{key}: has no value; see conf/table/table2.yaml for a table")
+    for key in ("compare", "metrics", "sizes", "settings"):
+        if not isinstance(config.get(key) or [], list):
+            raise ValueError(f"table.{key}={config[key]}: takes a list, like {_LISTS[key]}")
     for key in KINDS:
         if not isinstance(config[key], Mapping):
             raise ValueError(f"table.{key}={config[key]}: give each an id, like {{b: {{name: …, settings: […]}}}}")
@@ -90,14 +93,12 @@ def spec_of(name: str, config: Mapping[str, Any]) -> Spec:
         tuple(config.get("sizes") or ()),
         tuple(config.get("settings") or ()),
     )
+    if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in spec.sizes):
+        raise ValueError(f"table.sizes={list(spec.sizes)}: takes whole numbers of px, like {_LISTS['sizes']}")
+    _check_paper(spec)
     for metric in (*spec.metrics, *spec.paper):
         if metric not in METRICS:
             raise ValueError(f"table.metrics: {metric} is none; use {', '.join(METRICS)}")
-    for metric, by_row in spec.paper.items():
-        for row, numbers in by_row.items():
-            if row not in spec.rows or len(numbers) != len(spec.columns):
-                there = f"of the rows {', '.join(spec.rows)}, a number or null for each of {', '.join(spec.columns)}"
-                raise ValueError(f"table.paper.{metric}.{row}={list(numbers)}: give {there}")
     for key in KINDS:
         labels = [part.name for part in parts[key].values()]
         twice = next((label for label in labels if labels.count(label) > 1), None)
@@ -118,6 +119,24 @@ def spec_of(name: str, config: Mapping[str, Any]) -> Spec:
 
 
 KINDS = ("rows", "columns")
+_LISTS = {
+    **{"compare": "[[b, a]]", "metrics": "[top1_error, top5_error]", "sizes": "[128, 224]"},
+    **{"settings": "[model=zf5, 'model.levels=[6]']", "average": "[a, b]"},
+}
+
+
+def _check_paper(spec: Spec) -> None:
+    like = "{top1_error: {a: [35.99]}}"
+    if not isinstance(spec.paper, Mapping) or not all(isinstance(each, Mapping) for each in spec.paper.values()):
+        raise ValueError(f"table.paper={spec.paper}: give numbers by metric, row and column, like {like}")
+    for metric, by_row in spec.paper.items():
+        for row, numbers in by_row.items():
+            is_list = isinstance(numbers, list) and all(
+                each is None or (isinstance(each, int | float) and not isinstance(each, bool)) for each in numbers
+            )
+            if row not in spec.rows or not is_list or len(numbers) != len(spec.columns):
+                there = f"of the rows {', '.join(spec.rows)}, a number or null for each of {', '.join(spec.columns)}"
+                raise ValueError(f"table.paper.{metric}.{row}={numbers}: give {there}")
 
 
 def _part(kind: str, id_: str, config: Any) -> Part:
@@ -128,6 +147,9 @@ def _part(kind: str, id_: str, config: Any) -> Part:
     for key in config:
         if key not in ("name", "settings", "test", "average"):
             raise ValueError(f"table.{kind}.{id_}.{key}: no such key; use name, settings, test, average")
+    for key in ("settings", "average"):
+        if not isinstance(config.get(key) or [], list):
+            raise ValueError(f"table.{kind}.{id_}.{key}={config[key]}: takes a list, like {_LISTS[key]}")
     settings, average = (tuple(map(str, config.get(key) or ())) for key in ("settings", "average"))
     test = config.get("test")
     return Part(str(config.get("name", id_)), settings, None if test is None else str(test), average)
@@ -225,7 +247,7 @@ def _table(spec: Spec, runs: Runs, names: Names, metric: str, margin: float, lev
         if both:
             ours = paired({seed: a[seed][metric] for seed in both}, {seed: b[seed][metric] for seed in both}, level)
             text = conclusion(ours, paper, margin).text
-            same = all(a[seed]["images"] == b[seed]["images"] for seed in both)
+            same = all(a[seed]["of"] == b[seed]["of"] for seed in both)
             if metric == "top1_error" and same and _has_images(a) and _has_images(b):
                 first, second = (_wrong({seed: of[seed] for seed in both}) for of in (a, b))
                 images = paired_over_images(first, second, level)
@@ -285,13 +307,19 @@ def tests_by_seed(by_seed: Mapping[int, Row], names: Sequence[str]) -> dict[int,
     """Seed → the test of that name, or the difference of the first and the second."""
     found: dict[int, Row] = {}
     for seed, run in sorted(by_seed.items()):
-        tests = [test for name in names if (test := find_test(run, name)) is not None]
+        tests = [{**test, "of": _pictures(run, test)} for name in names if (test := find_test(run, name)) is not None]
         if len(tests) == len(names):
             first, *other = tests
             found[seed] = {**first, "wrong": None} if other else first
             for metric in METRICS if other else ():
                 found[seed][metric] = first[metric] - other[0][metric]
     return found
+
+
+def _pictures(run: Row, test: Row) -> tuple[Any, ...]:
+    """What two tests have in common if their images are the same ones."""
+    part, slash, _ = test["test"].rpartition("/")
+    return run.get("index"), part, test["images"]
 
 
 def _has_images(tests: Mapping[int, Row]) -> bool:
@@ -435,7 +463,7 @@ def costs(spec: Spec, runs: Runs, flops: Mapping[tuple[str, str], float], level:
         if trained:
             title = f"{spec.title}{name}: cost"
             rows = tuple(spec.rows[row].name for row in trained)
-            tables.append(Table(title, "", rows, heads, cells, unit=""))
+            tables.append(Table(title, "", rows, heads, cells, unit="", missing="–"))
     return tables
 
 
@@ -450,4 +478,5 @@ def costs_of_tests(spec: Spec, runs: Runs, names: Names, level: float = 0.95) ->
         if times and not other:
             cells[spec.rows[row].name, spec.columns[column].name] = Cell(None, mean_interval(times, level))
     rows, columns = (tuple(part.name for part in parts.values()) for parts in (spec.rows, spec.columns))
-    return [Table(f"{spec.title}: time of a test", "Decoding and resizing included.", rows, columns, cells, unit="ms")]
+    about = "An image, decoding and resizing included."
+    return [Table(f"{spec.title}: time of a test", about, rows, columns, cells, unit="ms", missing="–")]

@@ -33,7 +33,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells by (row, column); one that is missing has no number of the paper's and was not run yet."""
+    """Cells by (row, column); one without a number of ours says what is `missing`."""
 
     title: str
     about: str
@@ -43,6 +43,7 @@ class Table:
     differences: tuple[Difference, ...] = ()
     notes: tuple[str, ...] = ()
     unit: str = "%"
+    missing: str = "not run yet"
 
     def cell(self, row: str, column: str) -> Cell:
         return self.cells.get((row, column), Cell())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,13 +70,10 @@ def test(
 
     rows: list[Row] = []
     for each in (Test(datamodule.views), *more):
-        began, seconds = time.perf_counter(), None
-        if rows:
-            _, labels, scores = evaluate(classifier, datamodule, trainer, each.views, each.split)
-            seconds = time.perf_counter() - began
-        else:
-            _, labels, scores = scored(classifier)
-        rows.append(result_of_test(each.name, labels, scores, seconds))
+        _, labels, scores = (
+            evaluate(classifier, datamodule, trainer, each.views, each.split) if rows else scored(classifier)
+        )
+        rows.append(result_of_test(each.name, labels, scores, classifier.test_seconds))
         if keep is not None and trainer.is_global_zero:
             save_scores(keep, each.name, labels, scores)
     return rows

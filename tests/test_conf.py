@@ -364,6 +364,8 @@ def test_the_papers_recipe() -> None:
     assert config["data"]["batch_size"] == 128
     assert config["data"]["std"] == [1, 1, 1]
     assert config["trainer"]["max_epochs"] == 70
+    others = [compose("recipe=paper", f"model={net}")["trainer"]["max_epochs"] for net in ("overfeat5", "overfeat7")]
+    assert others == [90, 90] and compose("recipe=paper", "trainer.max_epochs=9")["trainer"]["max_epochs"] == 9
     assert config["model"]["fc"] == [4096, 4096]
     assert config["model"]["dropout"] == 0.5
 

@@ -167,6 +167,18 @@ def test_one_that_lacks_a_test_is_gone_on_with_and_not_begun_again() -> None:
     assert "views" in typed and begun() == ["a"]
 
 
+def test_one_that_lacks_a_test_and_lies_elsewhere_is_not_trained_again() -> None:
+    run(job("a"))
+    rows = known_rows()
+    shutil.rmtree("runs/t/a")
+    (outcome,) = run(job("a", tests=("center_crop@32", "ten_crop@32")), rows=rows)
+    assert outcome.reason == (
+        "its result row has no ten_crop@32, and its run folder is not here to be tested: put that back below runs/, "
+        "or, to train it again, remove the row of key a"
+    )
+    assert begun() == ["a"] and not Path("runs/t/a").exists()
+
+
 def test_a_finished_run_without_a_checkpoint_is_not_removed() -> None:
     run(job("a"))
     before = sorted(path.read_bytes() for path in Path("runs/t/a").iterdir())

@@ -28,10 +28,10 @@ from spp_cls.results import (
 
 def test_errors_and_wrong_images_by_hand() -> None:
     scores = np.array([[0.7, 0.2, 0.1], [0.4, 0.5, 0.1], [0.1, 0.8, 0.1], [0.2, 0.3, 0.5], [0.6, 0.3, 0.1]], np.float32)
-    found = result_of_test("center_crop@32", np.array([0, 0, 1, 2, 2]), scores, 1.2345)
+    found = result_of_test("center_crop@32", np.array([0, 0, 1, 2, 2]), scores, 1.23451)
     assert wrong(found).tolist() == [False, True, False, False, True]
     assert (found["top1_error"], found["top5_error"]) == (pytest.approx(40), 0)
-    assert (found["test"], found["images"], found["seconds"]) == ("center_crop@32", 5, 1.23)
+    assert (found["test"], found["images"], found["seconds"]) == ("center_crop@32", 5, 1.2345)
 
 
 def test_of_equal_scores_the_first_class_is_the_answer_and_five_count() -> None:

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import spp_train_stub
-from conftest import Answer, Spp
+from conftest import Answer, Spp, call_spp
 from omegaconf import OmegaConf
 
 from spp_cls import jobs, render
@@ -35,6 +36,7 @@ columns:
 test: ten_crop
 compare: [[b, a]]
 sizes: [28]
+settings: [classifier.bias_lr=2.0]
 """
 STUB = (sys.executable, "-S", str(Path(spp_train_stub.__file__)))
 
@@ -70,9 +72,7 @@ def test_the_runs_of_a_table_and_what_is_written(table: Callable[..., Answer], t
         *(("table2a_no_spp", "0"), ("table2b_single_size", "0")),
         *(("table2a_no_spp", "1"), ("table2b_single_size", "1")),
     ]
-    assert {(run["model"], run["tests"], run["name"]) for run in runs} == {
-        ("tiny", "[ten_crop,center_crop@28]", "mine")
-    }
+    assert {(run["model"], run["tests"]) for run in runs} == {("tiny", "[ten_crop,center_crop@28]")}
     assert "Mine: 4 runs, 0 done" in answer.err and answer.out.startswith("## Mine: top-1 error\n")
     assert answer.out.endswith("all of it: tables/mine/index.html\n")
     names = {path.name for path in (tmp_path / "tables" / "mine").iterdir()}
@@ -99,6 +99,63 @@ def test_the_runs_of_a_table_and_what_is_written(table: Callable[..., Answer], t
     answer = table("seeds=2")
     line = "spp table: results/y.jsonl, line 2: is no result row; remove the line\n"
     assert (answer.code, answer.err) == (2, line) and len(begun(tmp_path)) == 4
+
+
+AVERAGED = """
+title: Averaged
+about: Two nets and their average.
+settings: [keep_scores=true]
+rows:
+  a: {name: none, settings: [experiment=table2a_no_spp]}
+  b: {name: one size, settings: [experiment=table2b_single_size]}
+  both: {name: averaged, average: [a, b]}
+columns: {tiny: {name: tiny, test: center_crop}}
+test: center_crop
+"""
+
+
+@pytest.mark.slow
+def test_an_average_goes_where_the_rows_go_and_shared_runs_count_once(
+    table: Callable[..., Answer], tmp_path: Path
+) -> None:
+    path = tmp_path / "conf" / "table" / "mine.yaml"
+    path.write_text(AVERAGED)
+    answer = table("seeds=1", "rows=[a,b]")
+    assert answer.code == 1 and "the scores of its tests were not kept" in answer.err  # the stub keeps none
+    for folder in (tmp_path / "runs" / "mine").iterdir():
+        (folder / "scores").mkdir()
+        right = [[0.9, 0.1] if "a_tiny" in folder.name else [0.2, 0.8], [0.4, 0.6]]
+        np.savez(folder / "scores" / "center_crop@32.npz", labels=np.array([0, 1]), scores=np.array(right))
+    assert table("seeds=1").code == 0
+    shutil.rmtree(tmp_path / "runs")
+    answer = table("seeds=1")  # 0.55 against 0.45, and 0.6: both right
+    assert answer.code == 0 and "2 runs, 2 done" in answer.err and cells(tmp_path)[3][:3] == ["averaged", "", "tiny"]
+    text = (tmp_path / "tables" / "mine" / "table.md").read_text()
+    assert "| averaged | 0.00 (n = 1) " in text and "- 2 runs; " in text
+    shutil.rmtree(tmp_path / "results" / "scores")
+    answer = table("seeds=1")
+    assert (
+        "averaged, tiny: not averaged for seeds 0: the scores of its nets are neither in results/scores nor"
+        in answer.err
+    )
+
+
+@pytest.mark.slow
+def test_the_command_that_is_noted_makes_the_table_again(table: Callable[..., Answer], tmp_path: Path) -> None:
+    assert table("seeds=2", "rows=[b]", "margin=0.3", "at_once=2").code == 0
+    noted = (tmp_path / "tables" / "mine" / "table.md").read_text().partition("- command: ")[2].partition("\n")[0]
+    words = noted.replace("\\", "").split()
+    assert words[:3] == ["spp", "table", "mine"] and words[-3:] == ["seeds=2", "rows=[b]", "margin=0.3"]
+    before = (tmp_path / "tables" / "mine" / "top1_error.csv").read_bytes()
+    assert call_spp(*words[1:], cwd=tmp_path).code == 0 and len(begun(tmp_path)) == 2
+    assert (tmp_path / "tables" / "mine" / "top1_error.csv").read_bytes() == before
+
+
+def test_a_table_that_is_no_yaml_is_named_with_its_line(table: Callable[..., Answer], tmp_path: Path) -> None:
+    path = tmp_path / "conf" / "table" / "mine.yaml"
+    path.write_text("title: x\nrows: {a: {settings: [model.levels=[1]]}}\n")
+    answer = table()
+    assert answer.code == 2 and "mine.yaml, line 2: is no YAML: " in answer.err and answer.err.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -138,6 +195,11 @@ def test_runs_that_fail_are_said_and_the_table_is_of_the_others(table: Callable[
         (["seeds=0"], "seeds=0: use a whole number of at least 1"),
         (["precision=1", "most=6", "rows=[a]"], "precision: there are no two of these rows that the table compares; "),
         (["model=zf5"], "model=zf5: the table sets model itself (tiny); choose by rows=[…] and columns=[…], or write"),
+        (
+            ["classifier.bias_lr=3"],
+            "classifier.bias_lr=3: the table sets classifier.bias_lr itself (Mine); choose by rows",
+        ),
+        (["trainer.fast_dev_run=true"], "trainer.fast_dev_run=True: a table is of whole runs"),
         (["model.levels=[3]"], "model.levels=[3]: the table sets model.levels itself (no SPP); choose by"),
         (["seed=3"], "seed=3: the table sets seed of each run itself; the number of seeds is seeds=5"),
         (["trainer.max_epochs=-1"], "trainer.max_epochs=-1: a table compares runs of a number of epochs, at least 1"),
@@ -170,6 +232,10 @@ def test_a_mistake_is_one_line_and_nothing_is_begun(
         ({"precision": "x", "most": 9}, "precision=x: use percent points above 0, like 0.5"),
         ({"precision": 1, "most": 4}, "most=4: use a whole number of at least 5"),
         ({"precision": 1, "most": 1, "seeds": 1}, "most=1: use a whole number of at least 2"),
+        (
+            {"precision": 1, "most": 9, "seeds": 4},
+            "seeds=4: with precision at least 5; intervals of fewer would cover less than they say",
+        ),
         ({"margin": 0}, "margin=0: use percent points above 0, like 0.5"),
         ({"margin": None}, "margin=None: use percent points above 0, like 0.5"),
         ({"results": "log.txt"}, "results=log.txt: log.txt is a file; name a folder"),
@@ -208,6 +274,7 @@ def test_a_size_that_a_net_does_not_take_is_named_before_anything_is_begun(
     *_, said = answer.err.splitlines()  # behind a line on the index, where this is the first to need it
     assert answer.code == 2 and said.startswith("spp table: center_crop@2: the net does not take images of 2 px")
     path.write_text(TABLE.replace("table2b_single_size", "table2a_no_spp"))
+    assert table("data.val_sizes=[3]").err.startswith("spp table: data.val_sizes: the net does not take images of 3 px")
     answer = table("seeds=1")
     assert answer.err == (
         "spp table: b, tiny is the same run as a, tiny, tested the same way: what is typed here takes the place of "

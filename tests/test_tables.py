@@ -110,6 +110,14 @@ def test_means_and_intervals_by_hand() -> None:
     assert (table.title, table.rows) == ("Mine: top-1 error", ("no SPP", "SPP", "averaged"))
 
 
+def test_images_are_paired_where_they_are_the_same_ones() -> None:
+    of = spec()
+    for index, known in (("x", True), ("y", False)):  # as many pictures, but others
+        a, b = ({seed: {**ten_and_full(20 + seed, 0), "index": name} for seed in (0, 1)} for name in ("x", index))
+        (table,) = fill(of, {("a", "zf5"): a, ("b", "zf5"): b}, names_of(of), margin=0.5)
+        assert (table.differences[0].over_images is not None) is known and table.differences[0].ours is not None
+
+
 def test_differences_are_of_pairs_of_one_seed_alone() -> None:
     a = {seed: ten_and_full(error, 0) for seed, error in ((0, 20), (1, 30), (2, 25), (7, 95))}
     b = {seed: ten_and_full(error, error - 5) for seed, error in ((0, 15), (1, 20), (2, 10), (8, 5))}
@@ -305,6 +313,14 @@ def test_the_time_of_tests_by_hand() -> None:
             {"rows": {"a": {"average": ["a"]}}, "compare": [], "paper": {}},
             "^table.average: a: name rows that are train",
         ),
+        ({"sizes": 32}, r"^table.sizes=32: takes a list, like \[128, 224\]"),
+        ({"sizes": ["x"]}, r"^table.sizes=\['x'\]: takes whole numbers of px"),
+        ({"metrics": "top1_error"}, "^table.metrics=top1_error: takes a list, like "),
+        ({"settings": "model=zf5"}, "^table.settings=model=zf5: takes a list, like "),
+        ({"rows": {"a": {"settings": "model=zf5"}}}, "^table.rows.a.settings=model=zf5: takes a list, like "),
+        ({"paper": [1]}, r"^table.paper=\[1\]: give numbers by metric, row and column"),
+        ({"paper": {"top1_error": {"a": 3}}}, "^table.paper.top1_error.a=3: give of the rows a, b, both, a number"),
+        ({"paper": {"top1_error": {"a": ["x", 1]}}}, "^table.paper.top1_error.a=.*: give of the rows"),
         (
             {"test": "center_crop - ten_crop"},
             "^table.rows.both: an average has one test, and no center_crop - ten_crop",
@@ -354,7 +370,7 @@ PAPER: dict[str, Mapping[str, Mapping[str, list[float | None]]]] = {
         "top1_error": {"one": [32.57], "ten": [29.68], "all_full": [27.86]},
         "top5_error": {"ten": [10.95], "all": [9.36], "all_full": [9.14]},
     },
-    "table5": {"top5_error": {"overfeat7": [9.14], "all": [8.06]}, "top1_error": {"overfeat7": [27.86]}},
+    "table5": {"top5_error": {"overfeat7": [9.08], "all": [8.06]}, "top1_error": {"overfeat7": [27.86]}},
     "text_30_bins": {
         "top1_error": {"none": [35.99], "bins30": [35.06], "bins50": [34.98]},
         "top5_error": {"none": [14.76], "bins30": [14.04], "bins50": [14.14]},
