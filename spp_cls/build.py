@@ -30,7 +30,7 @@ from .classifier import Classifier
 from .dashboards import OPTIONS, Options, media, wandb_id
 from .data import MultiSizeDataModule, Views
 from .data.mean_image import digest as mean_digest
-from .differences import CHANGES, REFUSED, Difference, differences, machine, run_key
+from .differences import CHANGES, REFUSED, Difference, deciding, differences, machine, run_key
 from .door import check, compose, dotted, nearest, own_conf
 from .jobs import Job
 from .ranks import place
@@ -102,6 +102,25 @@ def check_arguments(config: DictConfig) -> None:
     for group in ("callbacks", "logger"):
         for name, one in (config.get(group) or {}).items():
             _check_arguments(one, f"{group}.{name}", {})
+
+
+METRICS = ("loss", "top1_error", "top5_error")
+
+
+def check_metric(key: str, name: str, config: DictConfig) -> None:
+    """Refuse before training a metric that the run of `config` will not have; what a user's callbacks log is theirs."""
+    ours = ("spp_cls.", "lightning.")
+    callbacks = [one for one in (config.get("callbacks") or {}).values() if one]
+    others = [one for one in callbacks if not str(one.get("_target_")).startswith(ours)]
+    split, _, last = name.partition("/")
+    sizes = [""] + [f"_{size}" for size in config.data.val_sizes or ()] if split == "val" else [""]
+    known = [f"{part}/{metric}" for part in ("val", "train", "test") for metric in METRICS]
+    is_known = split in ("train", "val", "test") and last in {f"{metric}{size}" for metric in METRICS for size in sizes}
+    if not (is_known or others):
+        near = nearest(name, known) or f"; use one of {', '.join(known)}"
+        raise ValueError(f"{key}={name}: a run has no such metric{near}")
+    if split == "test" and not config.test:
+        raise ValueError(f"{key}={name}: with test=false there is none")
 
 
 def build_datamodule(config: DictConfig) -> MultiSizeDataModule:
@@ -206,6 +225,19 @@ def identity(config: DictConfig, datamodule: MultiSizeDataModule, trainer: Train
 
 def key_of(config: DictConfig, datamodule: MultiSizeDataModule) -> str:
     """The hash of what decides the result of a run with `config`, in which nothing has been filled in yet."""
+    assert datamodule.index is not None
+    return run_key(_settings(config), datamodule.index.digest, _pixels(datamodule))
+
+
+def what_decides(config: DictConfig) -> dict[str, Any]:
+    """What `key_of` is the hash of, by dotted key, with the hash of the pictures' index."""
+    datamodule = listed(config)
+    assert datamodule.index is not None
+    return {**deciding(_settings(config)), "index": datamodule.index.digest, "pixels": _pixels(datamodule)}
+
+
+def _settings(config: DictConfig) -> dict[str, Any]:
+    """The config of a run, resolved, without where the run lies."""
     own = config.copy()
     for key in dotted(own):
         parent, _, last = key.rpartition(".")
@@ -214,8 +246,7 @@ def key_of(config: DictConfig, datamodule: MultiSizeDataModule) -> str:
         if not isinstance(node, DictConfig) and "${hydra:" in str(node._value()):
             holder[last] = None  # where the run lies, which decides nothing
     settings: Any = OmegaConf.to_container(own, resolve=True)
-    assert datamodule.index is not None
-    return run_key(settings, datamodule.index.digest, _pixels(datamodule))
+    return dict(settings)
 
 
 def composed(words: Sequence[str]) -> DictConfig:

@@ -112,9 +112,13 @@ def run_key(config: dict[str, Any], index: str, pixels: str) -> str:
     `config` is as in an identity, less what depends on the run's folder; `index` and `pixels` as there. What is null is
     left out, so that a setting that is new and does nothing changes no key.
     """
+    return digest(json.dumps([sorted(deciding(config).items()), index, pixels], default=str))
+
+
+def deciding(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a config, by dotted key, that have a part in a run's result and are not null."""
     given = {key: value for key, value in flat(config) if value is not None and key not in OF_THE_COMMAND}
-    decide = {key: value for key, value in given.items() if decides(key)}
-    return digest(json.dumps([sorted(decide.items()), index, pixels], default=str))
+    return {key: value for key, value in given.items() if decides(key)}
 
 
 def of_all_ranks(identity: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -197,6 +197,10 @@ def one_line(verb: str, folder: Path) -> Iterator[None]:
     """What the user can mend ends the program `verb`, which writes to `folder`, with a line; all else is raised."""
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read has enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         if os.environ.get("HYDRA_FULL_ERROR"):
             raise
@@ -209,6 +213,19 @@ def one_line(verb: str, folder: Path) -> Iterator[None]:
         if type(error).__name__ != "MisconfigurationException":
             raise
         fail(verb, error)
+
+
+def check_folder(key: str, value: Any, to_write: bool = True) -> None:
+    """Refuse what cannot be a folder to write to; null is the program's own choice."""
+    if value is None:
+        return
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{key}={value}: takes a folder, like {key}=mine")
+    there = next(path for path in (Path(value), *Path(value).parents, Path()) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{key}={value}: {there} is a file; name a folder")
+    if to_write and not os.access(there, os.W_OK):
+        raise ValueError(f"{key}={value}: {there} cannot be written; name another folder")
 
 
 def typed() -> list[str]:
@@ -396,10 +413,12 @@ def _compose_or_explain(name: str, words: list[str], overrides: list[Override]) 
         raise ValueError(_explain(name, words, str(error))) from None
     except yaml.MarkedYAMLError as error:
         raise ValueError(torn(error)) from None
+    except RecursionError:
+        raise ValueError("defaults: a file of conf/ is among its own defaults, by itself or by others") from None
     groups = {*_groups(), "hydra.searchpath"}
     _check_types(config, compose(name, [word for word in words if key_of(word) in groups]))
     missing = [key for key in dotted(config) if _is(OmegaConf.is_missing, config, key)]
-    if missing:
+    if missing and name != "sweep":  # which may draw it
         raise ValueError(f"{missing[0]} has no value: give one, like {missing[0]}=…")
     added = [o.key_or_group.partition(".")[0] for o in overrides if o.is_add() or o.is_force_add()]
     known = set(compose(name, [])) if added else set()

@@ -316,7 +316,7 @@ def _value(trial: Mapping[str, str]) -> float | None:
 
 def _run_of(sweep: Path, name: str, trial: Mapping[str, str]) -> Path:
     """Where the run of a trial lies, if it is one that was made elsewhere, too."""
-    own, elsewhere = sweep / TRIALS / name, Path(str(trial.get("run")))
+    own, elsewhere = sweep / TRIALS / name, sweep / str(trial.get("run"))
     return own if own.is_dir() else elsewhere
 
 

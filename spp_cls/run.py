@@ -95,7 +95,7 @@ def flat(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def read_key(folder: Path) -> str:
     """The key of the run of `folder`; empty where it has none."""
     path = folder / KEY
-    return path.read_text().strip() if path.is_file() else ""
+    return path.read_text(errors="replace").strip() if path.is_file() else ""
 
 
 def how_to_go_on(folder: Path) -> str:

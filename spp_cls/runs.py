@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,10 @@ def run(config: DictConfig) -> None:
     if not places:
         raise ValueError(f"folders: no run below {', '.join(PLACES)} here; name a folder, or make a run by spp train")
     every = list(_records(places))
+    metric = metric_name(every, config.metric)
+    conditions = [replace(one, name=metric) if one.name == METRIC else one for one in conditions]
     for condition in conditions:
         known_name(condition.name, every, f"filter={config.filter}")
-    metric = metric_name(every, config.metric)
     columns = [str(name) for name in config.columns or COLUMNS if config.columns or _is_of_use(name, every)]
     for name in columns:
         if name not in (METRIC, DIFFERS, *COLUMNS):

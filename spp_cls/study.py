@@ -194,13 +194,18 @@ def open_study(storage: str, folder: Path, direction: Any, pruner: BasePruner) -
 
 
 def _database(url: str, arguments: dict[str, Any]) -> optuna.storages.RDBStorage:
+    from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
+    try:
+        make_url(url)
+    except (ArgumentError, ValueError):  # with its password, maybe
+        raise ValueError("storage: is no URL of a database; write like postgresql+psycopg://USER@HOST/NAME") from None
     for attempt in range(5):  # workers of several machines may make its tables at once
         try:
             return optuna.storages.RDBStorage(url, engine_kwargs=arguments)
-        except (ImportError, ArgumentError, NoSuchModuleError) as error:
-            raise ValueError(f"storage={url}: {str(error).splitlines()[0]}") from None
+        except (ImportError, NoSuchModuleError) as error:
+            raise ValueError(f"storage={_without_password(url)}: {str(error).splitlines()[0]}") from None
         except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
             if attempt == 4:
                 lines = [line for line in str(error.__cause__ or error).splitlines() if line.strip()]
@@ -348,6 +353,7 @@ class Search:
     metric: str
     sampler: Callable[[int, int], BaseSampler]
     job: Callable[[int, dict[str, Any]], Job]
+    folder: Path = Path()  # of the sweep; where runs lie is written down from there
     retry_failed: bool = False
 
 
@@ -420,14 +426,15 @@ def search(
     what: Search,
     places: Sequence[dict[str, str]],
     holder: Holder,
-    told: Callable[[FrozenTrial, str], None],
+    told: Callable[[FrozenTrial, str, bool], None],
     look: Callable[[list[Attempt]], None] = lambda running: None,
 ) -> None:
     """Do trials until `what.trials` have ended, over all starts and all workers; as many at once as `places`.
 
-    `told(trial, reason)` hears of each that ended here, and `look` of those that run, at each look at them. A trial
-    whose worker is dead is taken over and its run gone on with; one that another worker does is waited for. SIGTERM and
-    Ctrl-C are passed on, so that each run saves, a second one kills; then `jobs.Interrupted` is raised.
+    `told(trial, reason, ran)` hears of each that ended here, and whether a run of it did; `look` hears of those that
+    run, at each look at them. A trial whose worker is dead is taken over and its run gone on with; one that another
+    worker does is waited for. SIGTERM and Ctrl-C are passed on, so that each run saves, a second one kills; then
+    `jobs.Interrupted` is raised.
     """
     held: list[Attempt] = []
     free = list(range(len(places)))
@@ -475,12 +482,12 @@ def search(
 
 
 def _let_go(
-    what: Search, holder: Holder, attempt: Attempt, held: list[Attempt], told: Callable[[FrozenTrial, str], None]
+    what: Search, holder: Holder, attempt: Attempt, held: list[Attempt], told: Callable[[FrozenTrial, str, bool], None]
 ) -> None:
     held.remove(attempt)
     holder.drop(attempt.trial)
     trial = what.study._storage.get_trial(attempt.trial._trial_id)
-    told(trial, str(trial.user_attrs.get(REASON, "")))
+    told(trial, str(trial.user_attrs.get(REASON, "")), attempt.times > 0)
 
 
 def _give_up(holder: Holder, number: int, held: list[Attempt], free: list[int]) -> None:
@@ -602,7 +609,7 @@ def _is_another(what: Search, attempt: Attempt) -> bool:
         if trial.user_attrs.get(KEY) == key and trial.number != attempt.number:
             same = trial.user_attrs.get(SAME_AS, trial.number)
             what.study._storage.set_trial_user_attr(attempt.trial._trial_id, SAME_AS, same)
-            attempt.outcome.folder, attempt.value = Path(trial.user_attrs[RUN]), trial.value
+            attempt.outcome.folder, attempt.value = what.folder / trial.user_attrs[RUN], trial.value
             return True
     return False
 
@@ -650,7 +657,7 @@ def _tell(what: Search, attempt: Attempt) -> None:
         elif not math.isfinite(value):
             outcome.reason, value = f"{what.metric} is {value}", None
     if outcome.folder is not None:
-        storage.set_trial_user_attr(trial_id, RUN, str(outcome.folder))
+        storage.set_trial_user_attr(trial_id, RUN, os.path.relpath(outcome.folder, what.folder))
     if attempt.reported:
         storage.set_trial_user_attr(trial_id, EPOCHS, max(attempt.reported) + 1)
     study = what.study

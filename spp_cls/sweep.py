@@ -18,8 +18,9 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from .door import conf_folder, fail, key_of, names_apart, nearest, open_door, searched
+from .door import check_folder, compose, conf_folder, fail, key_of, names_apart, nearest, open_door, searched
 from .records import SWEEP, TABLE, TRIALS
+from .records import text as text_of
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -34,6 +35,7 @@ KNOWN = ("space", "trials", "sampler", "pruner", "metric", "direction")
 # Samplers whose seed orders what they go through, so that it has to stay; all others are seeded for each trial.
 ONE_ORDER = ("GridSampler", "QMCSampler")
 TRY_ALL = ("GridSampler", "BruteForceSampler")
+BEST = "best.yaml"
 BEGUN_WITH = "spp_cls"  # a user attribute of the study
 # What SLURM and torchrun say of this process; the runs that it starts are no ranks of theirs.
 OF_THIS_PROCESS = (
@@ -63,11 +65,14 @@ def run(config: DictConfig) -> None:
         _refuse_what_the_sweep_sets(space, words)
         _check_values(space, words, search)
         sampler = sampler_of(text.get("sampler"), space)
-        pruner = build.instantiate(OmegaConf.create(text["pruner"]), "pruner") if text.get("pruner") else None
+        by = _target(text.get("pruner"), "pruner", "MedianPruner")
+        pruner = build.instantiate(OmegaConf.create(by), "pruner") if by else None
     except ValueError as error:
         raise ValueError(f"{of}: {error}") from None
     trials = budget(config, text, space)
     metric, direction = _aim(config, text)
+    build.check_metric("metric", metric, build.composed([*words, *_first(space), *search]))
+    check_folder("output", config.output)
     folder = Path(config.output or Path("sweeps", choice))
     if config.wandb:
         path = write_wandb(folder, text, space, words, metric, direction, trials)
@@ -81,42 +86,47 @@ def run(config: DictConfig) -> None:
     for name in OF_THIS_PROCESS:
         os.environ.pop(name, None)
     places = jobs.places(config.at_once, config.trainer.devices, config.trainer.accelerator)
+    places = jobs.in_group(places, folder.name)
+    named = any(key_of(word) == "name" for word in words)
     whole: Any = optuna.pruners.NopPruner() if pruner is None else pruner
     # Of the pictures, of what every trial has in common: said once, not by each trial.
-    first = [_word(key, _ends(dimension)[0]) for key, dimension in space.items()]
-    build.job_of(build.composed([*words, *first, *search]), (), folder)
+    first = build.composed([*words, *_first(space), *search])
+    build.job_of(first, (), folder)
     opened = study.open_study(config.storage, folder, direction, whole)
-    _refuse_another(opened, words, space, metric, direction, folder)
+    _refuse_another(opened, build.what_decides(first), space, metric, direction, folder)
     write_json(folder / SWEEP, {"trials": trials, "metric": metric, "direction": direction, "command": sys.argv})
 
     def job(number: int, values: dict[str, Any]) -> jobs.Job:
-        every = [*words, *(_word(key, value) for key, value in values.items()), *search]
+        # A name of its own, by which dashboards tell it from the others.
+        own = [] if named else [_word("name", f"{folder.name}-{number}")]
+        every = [*words, *(_word(key, value) for key, value in values.items()), *own, *search]
         return build.job_of(build.composed(every), every, folder / TRIALS / f"{number:05d}", f"trial {number}")
 
-    what = study.Search(opened, space, trials, metric, sampler, job, bool(config.retry_failed))
+    what = study.Search(opened, space, trials, metric, sampler, job, folder, bool(config.retry_failed))
     holder = study.Claims(opened, folder, config.patience) if study.is_url(config.storage) else study.Files(folder)
     told = Told(what, direction)
 
-    def ended(trial: FrozenTrial, reason: str) -> None:
+    def ended(trial: FrozenTrial, reason: str, ran: bool) -> None:
         _write_table(what, folder)
-        told.ended(trial, reason)
+        told.ended(trial, reason, ran)
 
     try:
         study.search(what, places, holder, ended, told.look)
     except jobs.Interrupted as stopped:
         told.clear()
+        _write_best(what, folder, direction, words)
         print(jobs.STOPPED, file=sys.stderr)
         sys.exit(128 + stopped.number)
     told.clear()
-    _conclude(what, folder, direction, words, choice)
+    _conclude(what, folder, direction, words)
 
 
 def _text(config: DictConfig, choice: str) -> dict[str, Any]:
     """What the space's file says."""
-    folders = (conf_folder(), Path.cwd() / "conf")
-    files = {path.stem: path for folder in folders for path in sorted((folder / "hparams_search").glob("*.yaml"))}
-    spaces = [name for name, path in files.items() if "space" in (yaml.safe_load(path.read_text()) or {})]
     if config.get("hparams_search") is None:
+        folders = (conf_folder(), Path.cwd() / "conf")
+        files = {path.stem: path for folder in folders for path in sorted((folder / "hparams_search").glob("*.yaml"))}
+        spaces = [name for name, path in files.items() if re.search("^space:", path.read_text(errors="replace"), re.M)]
         if choice in files:
             raise ValueError(
                 f"hparams_search={choice} is a grid: run it by spp train -m hparams_search={choice}; spaces are "
@@ -124,6 +134,8 @@ def _text(config: DictConfig, choice: str) -> dict[str, Any]:
             )
         raise ValueError(f"hparams_search: nothing chosen; give one of {', '.join(spaces)}, see spp sweep --help")
     text: Any = OmegaConf.to_container(config.hparams_search, resolve=True)
+    if not isinstance(text, dict):
+        raise ValueError(f"hparams_search={choice}: is a list, no space; see spp sweep --help for what a file holds")
     for key in text:
         if key not in KNOWN:
             raise ValueError(f"hparams_search={choice}: {key}: no such key of a space{nearest(key, KNOWN)}")
@@ -137,7 +149,7 @@ def _refuse_what_the_sweep_sets(space: Mapping[str, Dimension], words: Sequence[
         key = key_of(word)
         if key in SETS:
             raise ValueError(f"{word}: the trials of a sweep go on by themselves; weights alone are model.init_from")
-        if any(key == of or key.startswith(f"{of}.") for of in space):
+        if key in space:
             raise ValueError(f"{word}: the sweep draws {key} itself; leave it out here, or in the space")
 
 
@@ -154,7 +166,7 @@ def _check_values(space: Mapping[str, Dimension], words: Sequence[str], search: 
             build.check_arguments(config)
         except ValueError as error:
             raise ValueError(f"space: {error}") from None
-    plain = build.composed([*words, *search])
+    plain = compose("train", [*words, *search])
     for key, dimension in space.items():
         now = OmegaConf.select(plain, key, throw_on_resolution_failure=False)
         low, high = ends[key][0], ends[key][-1]
@@ -165,6 +177,11 @@ def _check_values(space: Mapping[str, Dimension], words: Sequence[str], search: 
             )
 
 
+def _first(space: Mapping[str, Dimension]) -> list[str]:
+    """A value of each dimension, as words."""
+    return [_word(key, _ends(dimension)[0]) for key, dimension in space.items()]
+
+
 def _ends(dimension: Dimension) -> list[Any]:
     of: Any = dimension.distribution
     return list(dimension.choices.values()) if dimension.choices else [of.low, of.high]
@@ -173,17 +190,22 @@ def _ends(dimension: Dimension) -> list[Any]:
 def _word(key: str, value: Any) -> str:
     from .going_on import _value
 
-    if isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w./-]*", value):
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w./-]*", value) and value.lower() not in _NO_NAMES:
         return f"{key}={value}"
     return f"{key}={_value(value)}"
 
 
+_NO_NAMES = ("null", "none", "true", "false", "yes", "no", "on", "off", "nan", "inf")  # that may be read as values
+
+
 def sampler_of(text: Any, space: Mapping[str, Dimension]) -> Callable[[int, int], Any]:
     """`sampler(number, index)` of what a file says under `sampler`: seeded for a trial and a dimension of it."""
+    import optuna
+
     from . import build
     from .study import seed_of
 
-    own = dict(text or {"_target_": "optuna.samplers.TPESampler"})
+    own = dict(_target(text, "sampler", "TPESampler") or {"_target_": "optuna.samplers.TPESampler"})
     name = str(own.get("_target_", "")).rpartition(".")[2]
     seed = own.pop("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
@@ -193,13 +215,40 @@ def sampler_of(text: Any, space: Mapping[str, Dimension]) -> Callable[[int, int]
     made = OmegaConf.create(own, flags={"allow_objects": True})
 
     def sampler(number: int, index: int) -> Any:
-        return build.instantiate(made, "sampler", seed=seed if name in ONE_ORDER else seed_of(seed, number, index))
+        own_seed = seed_of(seed, number, index)
+        more: dict[str, Any] = {}
+        if name == "QMCSampler" and "independent_sampler" not in own:
+            # Its first trial is drawn by that one; of one seed it would have one number throughout.
+            more = {"independent_sampler": optuna.samplers.RandomSampler(own_seed)}
+        return build.instantiate(made, "sampler", seed=seed if name in ONE_ORDER else own_seed, **more)
 
     try:
-        sampler(0, 0)
+        _try(sampler, space)
     except ImportError as error:
         raise ValueError(f"sampler: {name} needs a package more: {error}") from None
     return sampler
+
+
+def _target(text: Any, key: str, example: str) -> Any:
+    if text is not None and not isinstance(text, Mapping):
+        name = str(text).rpartition(".")[2] or example
+        raise ValueError(f"{key}={text}: write {key}: {{_target_: optuna.{key}s.{name}}}")
+    return text
+
+
+def _try(sampler: Callable[[int, int], Any], space: Mapping[str, Dimension]) -> None:
+    """Draw a few trials for nothing: Optuna imports what a sampler needs when that begins to look at results."""
+    import optuna
+
+    from .study import draw
+
+    trials = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    trials._thread_local.in_optimize_loop = True  # a sampler that has tried all stops the study
+    for number in range(12):
+        trial = trials.ask({key: dimension.distribution for key, dimension in space.items()})
+        trials.tell(trial, float(number))
+    trial = trials.ask()
+    draw(trials, trials._storage.get_trial(trial._trial_id), space, sampler)
 
 
 def _every(dimension: Dimension) -> list[Any]:
@@ -238,14 +287,17 @@ def _is_number(value: Any) -> bool:
 
 
 def _refuse_another(
-    opened: Study, words: Sequence[str], space: Mapping[str, Dimension], metric: str, direction: str, folder: Path
+    opened: Study,
+    settings: Mapping[str, Any],
+    space: Mapping[str, Dimension],
+    metric: str,
+    direction: str,
+    folder: Path,
 ) -> None:
-    """A sweep goes on with the settings that it began with; the budget, sampler and pruner may change."""
-    from .differences import decides
-
+    """A sweep goes on with the settings and pictures that it began with; budget, sampler and pruner may change."""
     now: dict[str, Any] = {
-        "settings": sorted(word for word in words if decides(key_of(word))),
-        "space": {key: [repr(of.distribution), list(map(repr, of.choices.values()))] for key, of in space.items()},
+        **{key: text_of(value) for key, value in settings.items()},
+        "space": str({key: [of.distribution, list(of.choices.values())] for key, of in space.items()}),
         "metric": metric,
         "direction": direction,
     }
@@ -253,13 +305,13 @@ def _refuse_another(
     if before is None:
         opened.set_user_attr(BEGUN_WITH, now)
         return
-    for name, value in now.items():
-        if before[name] != value:
-            were = before[name] if isinstance(before[name], str) else " ".join(before[name])
-            raise ValueError(
-                f"{folder} is a sweep with another {name} ({were}); go on with the same, or begin one in another "
-                "folder by output=sweeps/MINE"
-            )
+    others = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if others:
+        known = [f"{name} ({before.get(name)}, now {now.get(name)})" for name in others if name != "space"]
+        raise ValueError(
+            f"{folder} is a sweep with another {', '.join(known[:3]) or 'space'}; go on with the same, or begin one in "
+            "another folder by output=sweeps/MINE"
+        )
 
 
 # For people
@@ -273,10 +325,10 @@ class Told:
         self.live = sys.stderr.isatty()
         self._drawn, self._drawn_at, self._ended, self._began = 0, 0.0, 0, time.monotonic()
 
-    def ended(self, trial: FrozenTrial, reason: str) -> None:
+    def ended(self, trial: FrozenTrial, reason: str, ran: bool = True) -> None:
         from .study import EPOCHS, ended
 
-        self._ended += 1
+        self._ended += ran
         trials = self.what.study.get_trials(deepcopy=False)
         value = "" if trial.value is None else f" {trial.value:.4g}"
         said = {"COMPLETE": f"{self.what.metric}{value}", "FAIL": f"failed: {reason}"}.get(
@@ -343,30 +395,54 @@ def _shown(values: Mapping[str, Any]) -> str:
 # What is left behind
 
 
-def _conclude(what: Search, folder: Path, direction: str, words: Sequence[str], choice: str) -> None:
-    from .run import write_whole
-    from .study import RUN, best_of
+def _conclude(what: Search, folder: Path, direction: str, words: Sequence[str]) -> None:
+    from .study import REASON, RUN
 
     trials = _write_table(what, folder)
-    best = best_of(trials, direction)
-    if best is None:
-        reasons = sorted({str(trial.user_attrs.get("reason", "")) for trial in trials} - {""})
+    found = _write_best(what, folder, direction, words)
+    if found is None:
+        reasons = sorted({str(trial.user_attrs.get(REASON, "")) for trial in trials} - {""})
         why = f": {reasons[0]}" if reasons else ""
         print(f"no trial was completed; {folder}/{TABLE} says why{why}", file=sys.stderr)
         sys.exit(1)
-    drawn = [_word(key, what.space[key].value(stored)) for key, stored in best.params.items()]
-    name = folder.name
-    command = " ".join(_in_shell(word) for word in ["spp", "train", *words, *drawn])
-    about = [f"Trial {best.number} of {folder}: {what.metric} {best.value!r}.", command]
-    write_whole(folder / "best.yaml", experiment([*words, *drawn], about))
+    best, drawn = found
+    command = _command(words, drawn)
     print(f"best: trial {best.number}, {what.metric} {best.value:.6g}")
     for word in drawn:
         print(f"  {word}")
     print(f"all of it:  {folder}/{TABLE}")
-    print(f"its run:    {best.user_attrs.get(RUN)}")
+    print(f"its run:    {os.path.normpath(folder / best.user_attrs[RUN])}")
     print(f"train with: {command}")
-    kept = f"mkdir -p conf/experiment && cp {folder}/best.yaml conf/experiment/{name}.yaml"
+    name = _free_name(folder.name)
+    kept = f"mkdir -p conf/experiment && cp -n {folder}/{BEST} conf/experiment/{name}.yaml"
     print(f"or keep it: {kept} && spp train experiment={name}")
+
+
+def _write_best(
+    what: Search, folder: Path, direction: str, words: Sequence[str]
+) -> tuple[FrozenTrial, list[str]] | None:
+    """Write the settings of the best trial as an experiment; gives it and what was drawn for it, if there is one."""
+    from .run import write_whole
+    from .study import best_of
+
+    best = best_of(what.study.get_trials(deepcopy=False), direction)
+    if best is None:
+        return None
+    drawn = [_word(key, what.space[key].value(stored)) for key, stored in best.params.items()]
+    about = [f"Trial {best.number} of {folder}: {what.metric} {best.value!r}.", _command(words, drawn)]
+    write_whole(folder / BEST, experiment([*words, *drawn], about))
+    return best, drawn
+
+
+def _command(words: Sequence[str], drawn: Sequence[str]) -> str:
+    return " ".join(_in_shell(word) for word in ["spp", "train", *words, *drawn])
+
+
+def _free_name(name: str) -> str:
+    """`name`, or, where an experiment is called so, the first of name_best, name_best2 … that is none."""
+    taken = {path.stem for folder in (conf_folder(), Path.cwd() / "conf") for path in (folder / "experiment").glob("*")}
+    more = (f"{name}_best{number}" for number in range(2, 10**6))
+    return next(each for each in (name, f"{name}_best", *more) if each not in taken)
 
 
 def _write_table(what: Search, folder: Path) -> list[FrozenTrial]:

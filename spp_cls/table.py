@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from .door import conf_folder, fail, key_of, names_apart, open_door, searched
+from .door import check_folder, conf_folder, fail, key_of, names_apart, open_door, searched
 
 if TYPE_CHECKING:
     from .jobs import Job
@@ -110,17 +110,10 @@ def _check(config: DictConfig) -> None:
     for key, example in (("rows", "[b,c]"), ("columns", "[zf5]")):
         if config[key] is not None and (not OmegaConf.is_list(config[key]) or not config[key]):
             raise ValueError(f"{key}={config[key]}: takes a list, like {key}={example}, or null for all")
-    for key in ("results", "output"):
-        value = config[key]
-        if value is None and key == "output":
-            continue
-        if not isinstance(value, str) or not value:
-            raise ValueError(f"{key}={value}: takes a folder, like {key}=mine")
-        there = next(path for path in (Path(value), *Path(value).parents, Path()) if path.exists())
-        if not there.is_dir():
-            raise ValueError(f"{key}={value}: {there} is a file; name a folder")
-        if config.run and not os.access(there, os.W_OK):
-            raise ValueError(f"{key}={value}: {there} cannot be written; name another folder")
+    if config.results is None:
+        raise ValueError("results=None: takes a folder, like results=mine")
+    check_folder("results", config.results, config.run)
+    check_folder("output", config.output, config.run)
 
 
 def _is_number(value: Any) -> bool:

@@ -165,6 +165,8 @@ def prepare(config: DictConfig, folder: Path) -> Prepared:
     asked = config
     config = OmegaConf.create(resolved)  # what was looked at, and no interpolation that may yet give another thing
     build.check_arguments(config)
+    if config.optimized_metric:
+        build.check_metric("optimized_metric", str(config.optimized_metric), config)
     if config.resume not in (None, "auto"):
         raise ValueError(f"resume={config.resume}: use auto or null; a run by its folder is ckpt_path=RUN")
     tests = build.tests_of(config.tests, config.data.region)

@@ -51,6 +51,7 @@ def wanted(
         sweep_train_stub.METRIC,
         lambda number, index: SAMPLERS[sampler](seed=seed_of(3, number, index)),
         lambda number, values: made(number, values, *words, *of(number)),
+        Path("sweeps/s"),
         retry_failed,
     )
 
@@ -67,7 +68,7 @@ def _work(here: str, sampler: str, trials: int, storage: str, words: tuple[str, 
     folder = Path("sweeps/s")
     holder = Claims(what.study, folder, PATIENCE) if study.is_url(storage) else Files(folder)
     mine: list[int] = []
-    search(what, [{}, {}], holder, lambda trial, reason: mine.append(trial.number))
+    search(what, [{}, {}], holder, lambda trial, reason, ran: mine.append(trial.number))
     Path(f"worker_{os.getpid()}").write_text(" ".join(map(str, mine)))
 
 

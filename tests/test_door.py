@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Spp
+from conftest import Spp, results_of
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
@@ -342,11 +342,12 @@ def test_last_is_the_newest_run_and_one_that_is_done_stays_as_it_is(spp: Spp, co
     shutil.copytree(copied, older)
     (older.with_name("2099-01-01_00-00-00_0000") / ".hydra").mkdir(parents=True)
     (older.with_name("2099-01-01_00-00-00_0000") / ".hydra" / "config.yaml").touch()  # it failed at once
-    kept = {name: (copied / name).read_bytes() for name in ("history.jsonl", "results.json", "config.yaml")}
+    kept = {name: (copied / name).read_bytes() for name in ("history.jsonl", "config.yaml")}
+    results = results_of(copied)
     answer = spp("train", "ckpt_path=last")
     assert answer.code == 0, answer.err
     assert str(copied) in answer.err
-    assert json.loads((copied / "results.json").read_text()) == json.loads(kept["results.json"])
+    assert results_of(copied) == results
     assert (copied / "history.jsonl").read_bytes() == kept["history.jsonl"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Spp, call_spp
+from conftest import Spp, call_spp, results_of
 
 from spp_cls.resume import LAST
 
@@ -152,7 +151,7 @@ def test_a_run_that_fills_its_disk_says_so_in_a_line_and_can_be_gone_on_with(
     whole = tmp_path / "whole"
     assert spp("train", *settings, f"hydra.run.dir={whole}").code == 0
     assert (run / "history.jsonl").read_bytes() == (whole / "history.jsonl").read_bytes()
-    found, expected = (json.loads((folder / "results.json").read_text()) for folder in (run, whole))
+    found, expected = map(results_of, (run, whole))
     for results in (found, expected):  # but for what says that it went on with another callback
         results.pop("key"), results.pop("settings")
     assert found == expected

@@ -109,6 +109,7 @@ def test_damaged_files_are_left_out(tmp_path: Path) -> None:
     (folder / "environment.json").write_text("[1]")
     (folder / "history.jsonl").write_bytes(b"\xff/\n[/]\n{}\n")
     (folder / "timing.jsonl").write_text('{"train_seconds": "x"}\n')
+    (folder / "key").write_bytes(b"\xea\xff\n")
     record = read_record(folder)
     assert (record.config, record.metrics, record.epochs, record.device) == ({}, {}, 0, "")
 
@@ -329,6 +330,7 @@ def test_the_command(spp: Spp, runs: list[Path]) -> None:
     some = spp("runs", "filter=val/top1_error<45", "filter=optimizer.lr<0.005 and seed=0", "json=true")
     (line,) = map(json.loads, some.out.splitlines())
     assert line["run"] == "runs/2026-01-01_12-00-00_1" and line["metrics"]["val/top1_error"] == 40.0
+    assert len(spp("runs", "filter=metric<45").out.splitlines()) == 3
     none = spp("runs", "filter=seed=7")
     assert (none.code, none.out.count("\n"), none.err) == (0, 1, "0 of 3 runs\n")
 
@@ -377,3 +379,5 @@ def test_five_hundred_runs(spp: Spp, tmp_path: Path) -> None:
     answer = spp("runs", "sort=metric", "filter=optimizer.lr>=0.1", "limit=3", "json=true")
     assert [json.loads(line)["run"] for line in answer.out.splitlines()] == ["runs/000", "runs/005", "runs/010"]
     assert answer.err == ""
+    piped = f"{sys.executable} -m spp_cls runs json=true | head -c 10"  # which has enough
+    assert subprocess.run(piped, shell=True, cwd=tmp_path, capture_output=True).stderr == b""

@@ -22,11 +22,12 @@ import pytest
 import sweep_train_stub
 import yaml
 from conftest import Answer, Spp
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sweep_worker import SPACE, finished, look_often, made, wanted, worker
 
-from spp_cls import build, jobs, study, sweep
+from spp_cls import build, door, jobs, study, sweep
 from spp_cls.door import register_resolvers
 from spp_cls.jobs import Interrupted, Job
 from spp_cls.study import Claims, Files, History, Search, best_of, draw, open_study, search, seed_of, space_of
@@ -51,7 +52,7 @@ def log(word: str | None = None) -> list[dict[str, Any]]:
 
 def go(what: Search, at_once: int = 1) -> list[FrozenTrial]:
     told: list[int] = []
-    search(what, [{}] * at_once, Files(Path("sweeps/s")), lambda trial, reason: told.append(trial.number))
+    search(what, [{}] * at_once, Files(Path("sweeps/s")), lambda trial, reason, ran: told.append(trial.number))
     trials = what.study.get_trials()
     assert len(told) == len(set(told))
     return trials
@@ -449,8 +450,11 @@ def test_a_sweep_writes_its_table_and_the_best_as_an_experiment(
     best = min(found, key=lambda row: float(row["value"]))
     assert answer.err.splitlines()[-1].startswith("[3/3] trial 2: val/top1_error ")
     assert answer.out.startswith(f"best: trial {best['number']}, val/top1_error ")
-    assert Path(best["run"]) == Path("sweeps/mine/trials", f"{int(best['number']):05d}")
-    words = {line["words"]["hydra.run.dir"]: line["words"] for line in log("begins")}[f"'{best['run']}'"]
+    assert best["run"] == f"trials/{int(best['number']):05d}"  # from the sweep's folder, wherever that lies
+    assert f"its run:    sweeps/mine/{best['run']}\n" in answer.out
+    assert answer.out.endswith("cp -n sweeps/mine/best.yaml conf/experiment/mine.yaml && spp train experiment=mine\n")
+    words = {line["words"]["hydra.run.dir"]: line["words"] for line in log("begins")}[f"'sweeps/mine/{best['run']}'"]
+    assert words["name"] == f"mine-{best['number']}"
     assert words["optimizer.lr"] == best["optimizer.lr"] and words["model.levels"] in ("[6]", "[2,1]")
     assert words["sizes"] == best["sizes"] and "hparams_search" not in words
     # The file, as an experiment, and the command that is printed make the same run.
@@ -465,15 +469,60 @@ def test_a_sweep_writes_its_table_and_the_best_as_an_experiment(
     ]
     # Once more: nothing is left to do; further: it goes on; otherwise: it is refused.
     before = Path("sweeps/mine/trials.csv").read_text()
-    assert program().code == 0 and Path("sweeps/mine/trials.csv").read_text() == before
+    answer = program()
+    assert answer.code == 0 and Path("sweeps/mine/trials.csv").read_text() == before
+    assert answer.out.endswith("conf/experiment/mine_best.yaml && spp train experiment=mine_best\n")
     assert program("trials=4", "data.num_workers=1").code == 0
     assert Path("sweeps/mine/trials.csv").read_text().startswith(before) and len(log("begins")) == 4
     answer = program("trainer.max_epochs=3")
     assert answer.code == 2 and answer.err.splitlines()[-1].startswith(
-        "spp sweep: sweeps/mine is a sweep with another settings ("
+        "spp sweep: sweeps/mine is a sweep with another trainer.max_epochs (2, now 3); go on with the same, or"
     )
     assert program("trainer.max_epochs=3", "output=sweeps/other", "trials=1", "tags=['${seed}']").code == 0
     assert log("begins")[-1]["words"]["tags"] == "['${seed}']"  # for the run to fill in
+
+
+def test_what_a_file_of_the_users_says_may_not_change_on_the_way(program: Callable[..., Answer]) -> None:
+    path = Path("conf/experiment/own.yaml")
+    path.parent.mkdir()
+    path.write_text("# @package _global_\ntrainer: {gradient_clip_val: 1.0}\n")
+    assert program("experiment=own", "trials=1").code == 0
+    path.write_text("# @package _global_\ntrainer: {gradient_clip_val: 2.0}\n")
+    door._composed.cache_clear()  # as in another process
+    answer = program("experiment=own", "trials=2")
+    assert answer.code == 2 and len(log("begins")) == 1
+    assert answer.err.splitlines()[-1].startswith(
+        "spp sweep: sweeps/mine is a sweep with another trainer.gradient_clip_val (1, now 2); go on with the same, or"
+    )
+
+
+def test_a_key_that_has_no_value_can_be_drawn(spp: Spp, program: Callable[..., Answer], small: list[str]) -> None:
+    root = next(word.partition("=")[2] for word in small if word.startswith("data.root="))
+    write("mine", f"space: {{data.root: {{choices: ['{root}']}}}}\npruner: null\n")
+    answer = spp("sweep", "mine", *(word for word in small if not word.startswith("data.root")), "trials=1")
+    assert answer.code == 0, answer.err
+    assert log("begins")[0]["words"]["data.root"] == root or root in log("begins")[0]["words"]["data.root"]
+
+
+def test_keys_below_a_group_that_is_drawn_may_be_set() -> None:
+    sizes = space_of({"sizes": {"choices": ["single", "alternating"]}})
+    sweep._refuse_what_the_sweep_sets(sizes, ["sizes.size=26"])
+    with pytest.raises(ValueError, match="^sizes=single: the sweep draws sizes itself"):
+        sweep._refuse_what_the_sweep_sets(sizes, ["sizes=single"])
+
+
+def test_words_that_yaml_would_read_as_values_stay_words() -> None:
+    for word, value in (("null", "null"), ("true", "true"), ("NaN", "NaN"), ("adam", "adam"), ("a b", "a b")):
+        parsed = OverridesParser.create().parse_override(sweep._word("name", value))
+        assert parsed.value() == word
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_quasi_random_numbers_of_a_first_trial_are_not_one_number() -> None:
+    space = space_of({name: {"low": 0.0, "high": 1.0} for name in "abc"})
+    sampler = sweep.sampler_of({"_target_": "optuna.samplers.QMCSampler", "seed": 3}, space)
+    found = drawn(replace(wanted(4), space=space, sampler=sampler))
+    assert len(set(found[0].values())) == 3
 
 
 def test_no_trial_that_was_completed_is_exit_code_1(
@@ -503,6 +552,13 @@ def test_no_trial_that_was_completed_is_exit_code_1(
         ("pruner: null", "pruner: {_target_: optuna.pruners.MedianPruner, n: 1}", "pruner.n: optuna.pruners.MedianPr"),
         ("trials: 3", "trials: 0", None),
         ("metric: null", "metric: accuracy", None),
+        ("metric: null", "metric: val/top_error", None),
+        (
+            "{_target_: optuna.samplers.RandomSampler, seed: 1}",
+            "TPESampler",
+            "sampler=TPESampler: write sampler: {_ta",
+        ),
+        ("pruner: null", "pruner: MedianPruner", "pruner=MedianPruner: write pruner: {_target_: optuna.pruners.Median"),
         ("direction: minimize", "direction: down", None),
         ("trials: 3", "trails: 3", "trails: no such key of a space; did you mean trials?"),
     ],
@@ -517,6 +573,7 @@ def test_a_mistake_is_one_line_and_nothing_is_begun(
     own = {
         "trials: 0": "trials=0: use a whole",
         "metric: accuracy": "hparams_search.metric=accuracy: name one of a run",
+        "metric: val/top_error": "metric=val/top_error: a run has no such metric; did you mean val/top",
     }
     said = f"hparams_search=mine: {line}" if line else own.get(after, "hparams_search.direction=down: use minimize")
     assert answer.err.startswith(f"spp sweep: {said}"), answer.err
@@ -531,12 +588,15 @@ def test_a_mistake_is_one_line_and_nothing_is_begun(
         (("mine", "optimizer.lr=1"), "hparams_search=mine: optimizer.lr=1: the sweep draws optimizer.lr itself"),
         (("mine", "resume=auto"), "hparams_search=mine: resume=auto: the trials of a sweep go on by themselves"),
         (("mine", "storage=mysql"), "storage=mysql: use sqlite, journal or a URL"),
-        (("mine", "storage=nosuch://x"), "storage=nosuch://x: "),
+        (("mine", "storage=nosuch://u:secret@h/x"), "storage=nosuch://u:***@h/x: "),
+        (("mine", "storage=postgresql://u:secret@h:port/x"), "storage: is no URL of a database; write like postgresql"),
+        (("mine", "output=conf/hparams_search/mine.yaml"), "output=conf/hparams_search/mine.yaml: conf/hparams_sear"),
         (("mine", "-m"), "-m: a grid is spp train -m; a sweep has its trials by trials=…"),
     ],
 )
 def test_a_wrong_command_is_one_line(spp: Spp, small: list[str], words: tuple[str, ...], line: str) -> None:
     write("mine", MINE)
+    write("torn", "- [1,2")  # is nobody's business
     answer = spp("sweep", *words, *(word for word in small if not word.startswith("data.batch_size")))
     assert answer.code == 2 and answer.err.splitlines()[-1].startswith(f"spp sweep: {line}"), answer.err
 

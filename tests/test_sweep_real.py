@@ -98,11 +98,38 @@ def test_a_sweep_of_real_runs_killed_ten_times_has_the_table_of_one_that_was_not
         assert sweep(folder, *words).wait(timeout=1500) == 0
         found = rows(folder)
         assert [(row["number"], row["state"]) for row in found] == [(str(i), "complete") for i in range(trials)]
-        results = [json.loads((folder / row["run"] / "results.json").read_text()) for row in found]
+        results = [json.loads((folder / "sweeps" / "mine" / row["run"] / "results.json").read_text()) for row in found]
         assert [float(row["value"]) for row in found] == [one["val/top1_error"] for one in results]
         assert len({one["key"] for one in results}) == trials
         tables.append((folder / "sweeps" / "mine" / "trials.csv").read_bytes())
     assert tables[0].startswith(tables[1])  # a smaller budget is the beginning of a larger one
+
+
+FAILING = """
+space:
+  model.width: {choices: [0.2, 100000]}
+  optimizer.lr: {choices: [1.0e-3, 1.0e+30]}
+sampler: {_target_: optuna.samplers.GridSampler, seed: 0}
+pruner: null
+"""
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_trials_that_have_no_memory_or_diverge_are_kept_with_their_reasons(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "conf" / "hparams_search").mkdir(parents=True)
+    (tmp_path / "conf" / "hparams_search" / "mine.yaml").write_text(FAILING)
+    words = [word for word in settings(pictures) if not word.startswith("model.width")]
+    assert sweep(tmp_path, *words, "trainer=cpu", "at_once=2").wait(timeout=600) == 0
+    found = {(row["model.width"], row["optimizer.lr"]): row for row in rows(tmp_path)}
+    assert {key: row["state"] for key, row in found.items()} == {
+        ("0.2", "0.001"): "complete",
+        ("0.2", "1e+30"): "fail",
+        ("100000", "0.001"): "fail",
+        ("100000", "1e+30"): "fail",
+    }
+    assert "diverged" in found["0.2", "1e+30"]["reason"]
+    assert "memory" in found["100000", "0.001"]["reason"]
 
 
 @pytest.mark.long
@@ -116,7 +143,7 @@ def test_both_ranks_of_a_trial_have_the_settings_that_were_drawn(pictures: Path,
     found = rows(tmp_path)
     assert [row["state"] for row in found] == ["complete"] * 3
     for row in found:
-        folder = tmp_path / row["run"]
+        folder = tmp_path / "sweeps" / "mine" / row["run"]
         first, second = (json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2))
         assert first == second
         assert first["lr"] == float(row["optimizer.lr"]) and str(first["levels"]) == row["model.levels"]

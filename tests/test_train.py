@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Spp
+from conftest import Spp, results_of
 from omegaconf import OmegaConf
 
 from spp_cls import train
@@ -26,10 +26,6 @@ from spp_cls.run import digest
 
 def runs_in(folder: Path) -> list[Path]:
     return sorted((folder / "runs" / "folder-tiny").iterdir())
-
-
-def results(run: Path) -> dict[str, float]:
-    return dict(json.loads((run / "results.json").read_text()))
 
 
 # What a run leaves behind
@@ -70,7 +66,7 @@ def test_history_and_timing_and_results_say_the_same(trained: Path) -> None:
         *((1, step, 32) for step in range(5, 9)),
     ]
     assert [row["epoch"] for row in epochs] == [0, 1]
-    found = results(trained)
+    found = results_of(trained)
     assert found["epochs"] == 2
     for name in ("train/loss", "train/top1_error", "val/top1_error", "val/loss"):
         assert found[name] == epochs[-1][name]
@@ -104,23 +100,24 @@ def test_the_door_returns_the_optimized_metric(
 ) -> None:
     value, answer = returned(spp, monkeypatch, *small, "optimized_metric=test/loss")
     assert answer.code == 0, answer.err
-    assert value == results(trained)["test/loss"]  # the same seed, the same bits
+    assert value == results_of(trained)["test/loss"]  # the same seed, the same bits
     (run,) = runs_in(tmp_path)
     assert (run / "history.jsonl").read_bytes() == (trained / "history.jsonl").read_bytes()
-    assert results(run) == results(trained)
+    assert results_of(run) == results_of(trained)
 
     value, answer = returned(spp, monkeypatch, *small, "trainer.max_epochs=1", "test=false", "optimized_metric=eror")
     assert answer.code == 2
-    assert "optimized_metric=eror: no such metric; there are train/loss, train/top1_error, " in answer.err
-    assert "test/" not in answer.err.splitlines()[-1]
-    assert len(runs_in(tmp_path)) == 2  # what was trained is kept
+    assert "optimized_metric=eror: a run has no such metric; use one of val/loss, val/top1_error, " in answer.err
+    assert len(runs_in(tmp_path)) == 1  # before anything was written
+    answer = spp("train", *small, "test=false", "optimized_metric=test/loss")
+    assert answer.err.splitlines()[-1] == "spp train: optimized_metric=test/loss: with test=false there is none"
 
 
 def test_what_it_says_at_the_end(spp: Spp, tmp_path: Path, small: list[str]) -> None:
     answer = spp("train", *small, "trainer.max_epochs=1", "logger=tensorboard", "views=ten_crop")
     assert answer.code == 0, answer.err
     (run,) = runs_in(tmp_path)
-    error = results(run)["test/top1_error"]
+    error = results_of(run)["test/top1_error"]
     assert f"test error (ten_crop): top-1 {error:.2f} %" in answer.out
     assert f"spp predict run={run} PICTURE…" in answer.out
     assert list((run / "tensorboard").glob("events*"))
@@ -165,7 +162,7 @@ def test_a_grid_has_a_folder_for_each(spp: Spp, tmp_path: Path, small: list[str]
     date = r"\d{4}(-\d\d){2}_\d\d(-\d\d){2}"
     assert re.fullmatch(rf"{date}_[0-9a-f]{{8}}", grid.name)
     keys = [(grid / str(i) / "key").read_text().strip() for i in range(2)]
-    assert [results(grid / str(i))["key"] for i in range(2)] == keys and len(set(keys)) == 2
+    assert [results_of(grid / str(i))["key"] for i in range(2)] == keys and len(set(keys)) == 2
     assert spp("train", *words).err.count("(was done)") == 2
 
 
@@ -196,7 +193,7 @@ def test_balanced_classes_and_the_mean_of_the_weights(spp: Spp, tmp_path: Path, 
     (run,) = runs_in(tmp_path)
     assert spp("evaluate", f"run={run}", "trainer=cpu").code == 0
     found = json.loads((run / "evaluations" / "test_center_crop_32" / "results.json").read_text())
-    assert found["top1_error"] == pytest.approx(results(run)["test/top1_error"])
+    assert found["top1_error"] == pytest.approx(results_of(run)["test/top1_error"])
 
 
 @pytest.mark.slow
@@ -230,8 +227,8 @@ def test_several_tests_are_kept_image_by_image_with_their_scores(
     assert [(test["test"], test["images"]) for test in row["tests"]] == [
         *(("center_crop@32", 9), ("ten_crop@32", 9), ("center_crop@28", 9), ("train/center_crop@32", 36)),
     ]
-    assert results(run)["test/top1_error"] == results(trained)["test/top1_error"]  # further tests change nothing
-    assert row["tests"][0]["top1_error"] == pytest.approx(results(run)["test/top1_error"])
+    assert results_of(run)["test/top1_error"] == results_of(trained)["test/top1_error"]  # further tests change nothing
+    assert row["tests"][0]["top1_error"] == pytest.approx(results_of(run)["test/top1_error"])
     for test in row["tests"]:
         assert test["top1_error"] == pytest.approx(100 * wrong(test).mean())
         with np.load(scores_path(run / "scores", test["test"])) as kept:
