@@ -40,7 +40,11 @@ from .charts import (
 from .door import names_apart, open_door, quoted, typed
 from .evaluate import confusion_matrix, per_class
 from .records import (
+    DIVERGED,
+    FAILED,
+    FINISHED,
     NONE,
+    SWEEP,
     Record,
     differing,
     epoch_rows,
@@ -368,16 +372,20 @@ def _of_many(records: Sequence[Record], metric: str) -> list[str]:
     records = [replace(record, run=os.path.relpath(record.folder, above)) for record in records]
     differ = differing(records)
     short = short_names(differ)
-    values = np.array([record.metrics.get(metric, math.nan) for record in records])
-    ranks = _ranks(values)
+    # What has diverged or failed says nothing of how good its settings are, and would squeeze all others.
+    known = [
+        record.metrics.get(metric, math.nan) if record.state not in (DIVERGED, FAILED) else math.nan
+        for record in records
+    ]
+    values, best = np.array(known), np.nanargmax if _more_is_better(records) else np.nanargmin
+    ranks = _ranks(-values if _more_is_better(records) else values)
     looks = [look_of(i) if len(records) <= NAMED else shade_of(rank) for i, rank in enumerate(ranks)]
     abouts = [read_json(record.folder / "environment.json") for record in records]
     commits = sorted({str(about["spp_cls_commit"])[:12] for about in abouts if about.get("spp_cls_commit")})
     machines = sorted({f"{about.get('host')}: {record.device}" for about, record in zip(abouts, records, strict=True)})
     states = Counter(record.state for record in records)
-    best = f"{np.nanmin(values):.2f}, {records[int(np.nanargmin(values))].run}" if np.isfinite(values).any() else NONE
     facts = {
-        f"best {metric}": best,
+        f"best {metric}": _best(records, values, best) if np.isfinite(values).any() else NONE,
         "states": ", ".join(f"{number} {state}" for state, number in states.items()),
         "training": duration(sum(record.train_seconds for record in records)),
         "begun": f"{records[0].started} to {records[-1].started}".replace("T", " "),
@@ -394,6 +402,19 @@ def _of_many(records: Sequence[Record], metric: str) -> list[str]:
         _section("What mattered", _sweep(records, metric, differ, short, values, ranks)),
         _details("Settings that all share", _shared(records)),
     ]
+
+
+def _best(records: Sequence[Record], values: npt.NDArray[np.float64], best: Any) -> str:
+    """Of runs that have ended, if there are any: what was pruned or goes on may yet have been better than it is."""
+    ended = np.array([record.state == FINISHED for record in records])
+    of = np.where(ended, values, np.nan) if np.isfinite(values[ended]).any() else values
+    return f"{of[int(best(of))]:.2f}, {records[int(best(of))].run}"
+
+
+def _more_is_better(records: Sequence[Record]) -> bool:
+    """Whether the runs are trials of a sweep that maximizes."""
+    sweep = _sweep_of_all(records)
+    return sweep is not None and read_json(sweep / SWEEP).get("direction") == "maximize"
 
 
 def _ranks(values: npt.NDArray[np.float64]) -> list[float]:
@@ -548,7 +569,7 @@ def _sweep(
             else [short_value(key, value) for value in differ[key]]
         )
     known = [i for i in range(len(records)) if math.isfinite(values[i])]
-    order = sorted(known, key=lambda i: -values[i])  # the best is drawn last, on top
+    order = sorted(known, key=lambda i: -ranks[i])  # the best is drawn last, on top
     shown = keys[:KEYS]
     axes = [(short[key], axis_of(columns[key])) for key in shown] + [(metric, axis_of(values.tolist(), log=False))]
     lines = [(records[i].run, [*(columns[key][i] for key in shown), values[i]], shade_of(ranks[i]), i) for i in order]

@@ -335,3 +335,19 @@ def test_mistakes_are_one_line_and_nothing_is_written(
     assert (answer.code, answer.out, answer.err.count("\n")) == (2, "", 1)
     assert answer.err.startswith(f"spp report: {line}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "multiruns"]
+
+
+def test_the_page_of_a_sweep(spp: Spp, tmp_path: Path) -> None:
+    folder = tmp_path / "sweeps" / "mine"
+    lines = ["number,state,value,run,reason"]
+    for i, (error, state) in enumerate([(40.0, "complete"), (60.0, "complete"), (5.0, "fail"), (90.0, "pruned")]):
+        write_run(folder / "trials" / f"{i:05d}", config_with(optimizer__lr=0.1 + i), error)
+        lines.append(f"{i},{state},{error},trials/{i:05d},")
+    (folder / "trials.csv").write_text("\n".join(lines) + "\n")
+    for direction, best in (("minimize", "40.00, 00000"), ("maximize", "60.00, 00001")):
+        (folder / "sweep.json").write_text(json.dumps({"trials": 4, "direction": direction}))
+        answer = spp("report", "sweeps/mine")
+        assert answer.out.startswith("sweeps/mine/report.html (4 runs, ")
+        text = (folder / "report.html").read_text()
+        assert "<h1>Sweep mine: 4 trials</h1>" in text and f"<dd>{best}</dd>" in text
+        assert "2 finished, 1 failed, 1 pruned" in text
