@@ -17,6 +17,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps sweeps  # W&B's schema of sweeps; the package itself wants an older numpy
 	@touch $@
 
 install: $(STAMP) ## make .venv with the package and what its tests need (about 6 GB)

@@ -12,6 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+from dashboards_read import read_wandb_run
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 SPACE = """
 space:
@@ -103,6 +106,23 @@ def test_a_sweep_of_real_runs_killed_ten_times_has_the_table_of_one_that_was_not
         assert len({one["key"] for one in results}) == trials
         tables.append((folder / "sweeps" / "mine" / "trials.csv").read_bytes())
     assert tables[0].startswith(tables[1])  # a smaller budget is the beginning of a larger one
+
+
+@pytest.mark.slow
+def test_a_command_of_the_sweep_file_of_wandb_trains(pictures: Path, tmp_path: Path) -> None:
+    write(tmp_path, 3, "RandomSampler")
+    assert sweep(tmp_path, *settings(pictures), "trainer=cpu", "--wandb").wait(timeout=200) == 0
+    found = yaml.safe_load((tmp_path / "sweeps" / "mine" / "wandb.yaml").read_text())
+    drawn = {"optimizer.lr": {"value": 0.01}, "model.dropout": {"value": 0.3}, "model.levels": {"value": "[2,1]"}}
+    words = create_sweep_command_args({"args": drawn})["args_no_hyphens"]
+    assert found["command"][:3] == ["${env}", "spp", "train"] and found["command"][-1] == "${args_no_hyphens}"
+    command = [sys.executable, "-m", "spp_cls", "train", *found["command"][3:-1], *words, "hydra.run.dir=run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (config["optimizer"]["lr"], config["model"]["levels"], config["model"]["dropout"]) == (0.01, [2, 1], 0.3)
+    assert found["metric"]["name"] in read_wandb_run(next(tmp_path.glob("wandb/offline-run-*/*.wandb"))).summary
 
 
 FAILING = """
