@@ -31,7 +31,7 @@ RUNS = (Path("runs"), Path("multiruns"))
 LOCKS = Path("runs", ".jobs")
 COMMAND = (sys.executable, "-m", "spp_cls", "train")
 STOPPED = "stopped: its runs have saved, as far as they had something to save; the same command goes on"
-LOOK = 0.2  # seconds between two looks at the processes
+LOOK = 0.05  # seconds between two looks at the processes
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,7 @@ def run_jobs(
     asked: list[int] = []
     failed: dict[str, str] = {}
     folders = folders_by_key()
+    has_looked = False  # at all of them, for those that are done
 
     def end(outcome: Outcome) -> None:
         if outcome.row is None:
@@ -192,7 +193,7 @@ def run_jobs(
                     raise Interrupted(asked[0])
                 for each in running:
                     pass_on(each, len(asked))
-                for outcome in list(waiting):
+                for outcome in list(waiting) if free or not has_looked else ():
                     if asked:
                         break
                     job = outcome.job
@@ -215,6 +216,7 @@ def run_jobs(
                     if outcome.row is not None or outcome.reason:
                         waiting.remove(outcome)
                         end(outcome)
+                has_looked = True
                 time.sleep(LOOK)
         except BaseException:
             while alive := [each for each in running if each.process.poll() is None]:
