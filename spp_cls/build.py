@@ -113,7 +113,8 @@ def check_metric(key: str, name: str, config: DictConfig) -> None:
     callbacks = [one for one in (config.get("callbacks") or {}).values() if one]
     others = [one for one in callbacks if not str(one.get("_target_")).startswith(ours)]
     split, _, last = name.partition("/")
-    sizes = [""] + [f"_{size}" for size in config.data.val_sizes or ()] if split == "val" else [""]
+    more = (config.get("data") or {}).get("val_sizes") if split == "val" else None
+    sizes = ["", *(f"_{size}" for size in more or ())]
     known = [f"{part}/{metric}" for part in ("val", "train", "test") for metric in METRICS]
     is_known = split in ("train", "val", "test") and last in {f"{metric}{size}" for metric in METRICS for size in sizes}
     if not (is_known or others):

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from .render import COLOURS, DASHES
 
 WIDTH, HEIGHT = 460, 250  # of the drawing; wide enough for a curve, narrow enough to be read on a telephone
-LEFT, RIGHT, TOP, BOTTOM = 50, 12, 8, 36
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 8, 36
 MOST = 400  # points of a curve
 SHADES = 8  # of a metric, from the best to the worst
 

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from spp_cls import build
 from spp_cls.classifier import Classifier
 from spp_cls.data import Views
-from spp_cls.door import register_resolvers
+from spp_cls.door import compose, register_resolvers
 from spp_cls.jobs import Job
 from spp_cls.models import sppnet
 from spp_cls.schedules import constant
@@ -443,3 +443,25 @@ def test_what_is_wrong_with_a_job_is_one_line(words: list[str], tmp_path: Path) 
         job(words, "tests=[center_crop@big]")
     with pytest.raises(ValueError, match="^modle: there is no such key; did you mean model"):
         job(words, "modle=zf5")
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "line"),
+    [
+        ("val/top1_error", [], None),
+        ("val/top1_error_64", ["data.val_sizes=[32,64]"], None),
+        ("val/top1_error_64", [], "a run has no such metric; did you mean val/top1_error?"),
+        ("train/loss", [], None),
+        ("val/f1", [], "a run has no such metric; use one of val/loss, val/top1_error, val/top5_error, train/loss, "),
+        ("val/f1", ["+callbacks.mine._target_=mine.F1"], None),  # which may log it
+        ("test/loss", ["test=false"], "with test=false there is none"),
+    ],
+)
+def test_a_metric_that_no_run_will_have_is_known_before_training(name: str, words: list[str], line: str | None) -> None:
+    register_resolvers()
+    config = compose("train", words)
+    if line is None:
+        build.check_metric("metric", name, config)
+    else:
+        with pytest.raises(ValueError, match=f"^metric={name}: {re.escape(line)}"):
+            build.check_metric("metric", name, config)
