@@ -324,6 +324,7 @@ def test_other_devices_than_those_that_were_started(monkeypatch: pytest.MonkeyPa
 # Compiling
 
 
+@pytest.mark.slow
 def test_one_graph_a_size_and_none_after_the_first_epoch_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = 0
 

@@ -237,6 +237,7 @@ def lay_own(folder: Path, pictures: Path) -> None:
         shutil.copy(path, folder / "flat" / f"{path.parent.name}_{path.name}")
 
 
+@pytest.mark.slow
 def test_a_net_a_data_set_sizes_and_a_callback_of_ones_own(spp: Spp, tmp_path: Path, pictures: Path) -> None:
     lay_own(tmp_path, pictures)
     answer = spp("train", "experiment=mine", "logger=null")

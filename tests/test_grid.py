@@ -56,6 +56,7 @@ def test_each_run_is_a_process_and_what_is_done_is_passed_over(grid: Callable[..
     assert [seed for word, seed in log(tmp_path) if word == "begins"] == ["0", "1", "2"]
 
 
+@pytest.mark.slow
 def test_one_that_fails_is_said_with_its_reason_and_the_exit_code_is_1(
     grid: Callable[..., Any], tmp_path: Path
 ) -> None:

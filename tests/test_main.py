@@ -63,6 +63,7 @@ loaded("--help"); loaded("trian"); loaded("train", "modle=1"); loaded("train", "
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_all_ways_in_say_the_same(tmp_path: Path) -> None:
     ways = [
         (CONSOLE_SCRIPT, "train"),

@@ -84,6 +84,7 @@ def test_costs_are_those_of_the_net(spp: Spp, small: list[str]) -> None:
     assert saved and int(saved[1]) == round(100 * (1 - (small_ + large) / (2 * large)))
 
 
+@pytest.mark.slow
 def test_it_refuses_what_training_would(spp: Spp, small: list[str], tmp_path: Path) -> None:
     for word, line in (
         ("data.batch_size=64", "data.batch_size=64 is more than the 36 training images: use less"),

@@ -201,6 +201,7 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
     return use
 
 
+@pytest.mark.slow
 def test_a_file_that_is_not_its_net_is_refused_and_what_was_there_stays(
     tmp_path: Path, copied: Callable[[bytes], None], few_sizes: None, written: Path
 ) -> None:

@@ -72,6 +72,7 @@ def two_ranks(code: str) -> list[subprocess.Popen[str]]:
     return started
 
 
+@pytest.mark.slow
 def test_rank_0_decides_for_all_and_the_largest_number_is_everybodys() -> None:
     code = """if True:
         import os, sys

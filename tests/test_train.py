@@ -299,7 +299,10 @@ def test_pictures_that_are_not_right_are_named_in_a_line(
         assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("sizes", [[], ["sizes=full_image", "sizes.multiple=8"]], ids=["regions", "whole"])
+WHOLE = pytest.param(["sizes=full_image", "sizes.multiple=8"], marks=pytest.mark.slow, id="whole")
+
+
+@pytest.mark.parametrize("sizes", [pytest.param([], id="regions"), WHOLE])
 def test_however_the_pictures_are_read_the_weights_and_the_history_are_the_same_bits(
     spp: Spp, tmp_path: Path, small: list[str], sizes: list[str]
 ) -> None:

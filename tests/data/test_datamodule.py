@@ -480,7 +480,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_mean_over_passes_and_mixed_shapes_is_that_of_plain_loops(mixed: Path, num_workers: int) -> None:
     net = sppnet("tiny", 3, width=0.25, seed=1)
     module = Classifier(net=net, optimizer=torch.optim.SGD, schedule=constant)
