@@ -172,7 +172,8 @@ def test_runs_that_fail_are_said_and_the_table_is_of_the_others(table: Callable[
     before = spp_train_stub.__file__
     own = tmp_path / "stub.py"
     # It fails where the experiment is the second row's.
-    text = Path(before).read_text().replace('do = words.get("do", "")', 'do = "fail" if "table2b" in str(words) else ""')
+    failing = 'do = "fail" if "table2b" in str(words) else ""'
+    text = Path(before).read_text().replace('do = words.get("do", "")', failing)
     own.write_text(text)
     jobs.COMMAND = (sys.executable, "-S", str(own))  # type: ignore[assignment]
     answer = table("seeds=1")
