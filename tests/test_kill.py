@@ -47,6 +47,7 @@ def other_disk() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.mark.slow
 def test_a_few_kills_change_no_bit_and_tear_no_file(pictures: Path, tmp_path: Path, other_disk: Path) -> None:
     found = campaign(tmp_path, "few", pictures, tmp_path, other_disk / "torn")
     assert (found["hooks"]["kills"], found["hooks"]["alive"], found["hooks"]["different"]) == (6, [], [])

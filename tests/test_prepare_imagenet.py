@@ -537,10 +537,11 @@ def prepared(script: ModuleType, official: dict[str, bytes], tmp_path: Path) -> 
     "words",
     [
         ["data.region=64", "data.resize=73", "model.width=0.0625", "model.fc=[16,16]"],
-        pytest.param(["model.width=0.25", "model.fc=[64,64]"], marks=pytest.mark.slow),  # at 180 and 224 px
+        ["model.width=0.25", "model.fc=[64,64]"],  # at 180 and 224 px
     ],
     ids=["64 px", "224 px"],
 )
+@pytest.mark.slow
 def test_from_the_archives_to_predictions(spp: Spp, prepared: Path, tmp_path: Path, words: list[str]) -> None:
     data = ["data=imagenet", f"data.root={prepared}", "data.layout.val_per_class=1"]
     answer = spp("check", *data)

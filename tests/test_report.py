@@ -297,6 +297,7 @@ def test_runs_of_all_kinds_beside_each_other(spp: Spp, grid: list[Path], tmp_pat
     assert sum("data-run" in each for each in read(tmp_path / "x.html").all("tr")) == 9
 
 
+@pytest.mark.slow
 def test_five_hundred_runs(spp: Spp, tmp_path: Path) -> None:
     for i in range(500):
         write_run(tmp_path / "runs" / f"{i:03}", config_with(seed=i, optimizer__lr=0.1 / (1 + i % 5)), 20.0 + i % 7)

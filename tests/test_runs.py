@@ -373,6 +373,7 @@ def test_to_list_runs_loads_no_torch(runs: list[Path], tmp_path: Path) -> None:
     assert len(done.stdout.splitlines()) == 5 and done.stdout.splitlines()[-1] == ""
 
 
+@pytest.mark.slow
 def test_five_hundred_runs(spp: Spp, tmp_path: Path) -> None:
     for i in range(500):
         write_run(tmp_path / "runs" / f"{i:03}", config_with(seed=i, optimizer__lr=0.1 / (1 + i % 5)), float(i), 1, 1)

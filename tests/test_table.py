@@ -63,6 +63,7 @@ def cells(folder: Path) -> list[list[str]]:
         return list(csv.reader(file))
 
 
+@pytest.mark.slow
 def test_the_runs_of_a_table_and_what_is_written(table: Callable[..., Answer], tmp_path: Path) -> None:
     answer = table("seeds=2")
     assert answer.code == 0, answer.err
