@@ -110,7 +110,7 @@ METRICS = ("loss", "top1_error", "top5_error")
 def check_metric(key: str, name: str, config: DictConfig) -> None:
     """Refuse before training a metric that the run of `config` will not have; what a user's callbacks log is theirs."""
     ours = ("spp_cls.", "lightning.")
-    callbacks = [one for one in (config.get("callbacks") or {}).values() if one]
+    callbacks = [one for one in (config.get("callbacks") or {}).values() if isinstance(one, DictConfig)]
     others = [one for one in callbacks if not str(one.get("_target_")).startswith(ours)]
     split, _, last = name.partition("/")
     more = (config.get("data") or {}).get("val_sizes") if split == "val" else None
