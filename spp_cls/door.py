@@ -415,15 +415,15 @@ def _compose_or_explain(name: str, words: list[str], overrides: list[Override]) 
         raise ValueError(torn(error)) from None
     except RecursionError:
         raise ValueError("defaults: a file of conf/ is among its own defaults, by itself or by others") from None
-    groups = {*_groups(), "hydra.searchpath"}
-    _check_types(config, compose(name, [word for word in words if key_of(word) in groups]))
+    of_groups = {*groups(), "hydra.searchpath"}
+    _check_types(config, compose(name, [word for word in words if key_of(word) in of_groups]))
     missing = [key for key in dotted(config) if _is(OmegaConf.is_missing, config, key)]
     if missing and name != "sweep":  # which may draw it
         raise ValueError(f"{missing[0]} has no value: give one, like {missing[0]}=…")
     added = [o.key_or_group.partition(".")[0] for o in overrides if o.is_add() or o.is_force_add()]
     known = set(compose(name, [])) if added else set()
     for key in added:
-        if key not in known and key not in ("hydra", *_groups()):
+        if key not in known and key not in ("hydra", *groups()):
             raise ValueError(f"+{key}: nothing here reads that key{nearest(key, known)}")
 
 
@@ -437,14 +437,14 @@ def _explain(name: str, words: list[str], message: str) -> str:
     group = re.search(r"Could not (?:find|load) '([^']+)'", message) or re.search(r"'([^']+)' not found", message)
     if group and "/" in group[1]:
         kind, _, option = group[1].rpartition("/")
-        listed = {path.stem for path in _choices_of(kind)} | set(re.findall(r"^\t(\w+)$", message, re.MULTILINE))
+        listed = {path.stem for path in choices_of(kind)} | set(re.findall(r"^\t(\w+)$", message, re.MULTILINE))
         options = sorted(listed - {"base"})
         hint = nearest(option, options) or "; choose one"
         return f"{kind}={option}: there is no {kind} of that name{hint} ({', '.join(options)})"
     twice = re.search(r"Multiple values for (\w+)", message)
     if twice:
         return f"{twice[1]}: has a choice already; write {twice[1]}=…, without the plus"
-    null = [word for word in words if word.partition("=")[0] in _groups() and word.endswith("=null")]
+    null = [word for word in words if word.partition("=")[0] in groups() and word.endswith("=null")]
     if null and "Config group override" in message:
         return f"{null[0]}: something must be chosen, see spp {name} --help"
     key = (
@@ -474,11 +474,13 @@ def _is(what: Callable[[Any, str], bool], config: DictConfig, key: str) -> bool:
     return OmegaConf.is_config(holder) and bool(what(holder, last))  # the keys of a space have dots themselves
 
 
-def _choices_of(group: str) -> list[Path]:
-    return [path for conf in (conf_folder(), Path.cwd() / "conf") for path in (conf / group).glob("*.yaml")]
+def choices_of(group: str) -> list[Path]:
+    """The files of a config group, ours and those of the working folder."""
+    return [path for conf in (conf_folder(), Path.cwd() / "conf") for path in sorted((conf / group).glob("*.yaml"))]
 
 
-def _groups() -> list[str]:
+def groups() -> list[str]:
+    """The config groups, ours and those of the working folder."""
     return [path.name for conf in (conf_folder(), Path.cwd() / "conf") for path in conf.glob("*") if path.is_dir()]
 
 

@@ -377,15 +377,15 @@ def _of_many(records: Sequence[Record], metric: str) -> list[str]:
         record.metrics.get(metric, math.nan) if record.state not in (DIVERGED, FAILED) else math.nan
         for record in records
     ]
-    values, best = np.array(known), np.nanargmax if _more_is_better(records) else np.nanargmin
-    ranks = _ranks(-values if _more_is_better(records) else values)
+    values, sign = np.array(known), _sign(records)
+    ranks = _ranks(sign * values)
     looks = [look_of(i) if len(records) <= NAMED else shade_of(rank) for i, rank in enumerate(ranks)]
     abouts = [read_json(record.folder / "environment.json") for record in records]
     commits = sorted({str(about["spp_cls_commit"])[:12] for about in abouts if about.get("spp_cls_commit")})
     machines = sorted({f"{about.get('host')}: {record.device}" for about, record in zip(abouts, records, strict=True)})
     states = Counter(record.state for record in records)
     facts = {
-        f"best {metric}": _best(records, values, best) if np.isfinite(values).any() else NONE,
+        f"best {metric}": _best(records, values, sign) if np.isfinite(values).any() else NONE,
         "states": ", ".join(f"{number} {state}" for state, number in states.items()),
         "training": duration(sum(record.train_seconds for record in records)),
         "begun": f"{records[0].started} to {records[-1].started}".replace("T", " "),
@@ -404,17 +404,18 @@ def _of_many(records: Sequence[Record], metric: str) -> list[str]:
     ]
 
 
-def _best(records: Sequence[Record], values: npt.NDArray[np.float64], best: Any) -> str:
+def _best(records: Sequence[Record], values: npt.NDArray[np.float64], sign: int) -> str:
     """Of runs that have ended, if there are any: what was pruned or goes on may yet have been better than it is."""
     ended = np.array([record.state == FINISHED for record in records])
     of = np.where(ended, values, np.nan) if np.isfinite(values[ended]).any() else values
-    return f"{of[int(best(of))]:.2f}, {records[int(best(of))].run}"
+    best = int(np.nanargmin(sign * of))
+    return f"{of[best]:.2f}, {records[best].run}"
 
 
-def _more_is_better(records: Sequence[Record]) -> bool:
-    """Whether the runs are trials of a sweep that maximizes."""
+def _sign(records: Sequence[Record]) -> int:
+    """1 where less is better; −1 where the runs are trials of a sweep that maximizes."""
     sweep = _sweep_of_all(records)
-    return sweep is not None and read_json(sweep / SWEEP).get("direction") == "maximize"
+    return -1 if sweep is not None and read_json(sweep / SWEEP).get("direction") == "maximize" else 1
 
 
 def _ranks(values: npt.NDArray[np.float64]) -> list[float]:

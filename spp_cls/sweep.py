@@ -18,7 +18,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from .door import check_folder, compose, conf_folder, fail, key_of, names_apart, nearest, open_door, searched
+from .door import check_folder, choices_of, compose, fail, groups, key_of, names_apart, nearest, open_door, searched
 from .records import SWEEP, TABLE, TRIALS
 from .records import text as text_of
 
@@ -71,7 +71,8 @@ def run(config: DictConfig) -> None:
         raise ValueError(f"{of}: {error}") from None
     trials = budget(config, text, space)
     metric, direction = _aim(config, text)
-    build.check_metric("metric", metric, build.composed([*words, *_first(space), *search]))
+    first = build.composed([*words, *_first(space), *search])
+    build.check_metric("metric", metric, first)
     check_folder("output", config.output)
     folder = Path(config.output or Path("sweeps", choice))
     if config.wandb:
@@ -90,7 +91,6 @@ def run(config: DictConfig) -> None:
     named = any(key_of(word) == "name" for word in words)
     whole: Any = optuna.pruners.NopPruner() if pruner is None else pruner
     # Of the pictures, of what every trial has in common: said once, not by each trial.
-    first = build.composed([*words, *_first(space), *search])
     build.job_of(first, (), folder)
     opened = study.open_study(config.storage, folder, direction, whole)
     _refuse_another(opened, build.what_decides(first), space, metric, direction, folder)
@@ -124,8 +124,7 @@ def run(config: DictConfig) -> None:
 def _text(config: DictConfig, choice: str) -> dict[str, Any]:
     """What the space's file says."""
     if config.get("hparams_search") is None:
-        folders = (conf_folder(), Path.cwd() / "conf")
-        files = {path.stem: path for folder in folders for path in sorted((folder / "hparams_search").glob("*.yaml"))}
+        files = {path.stem: path for path in choices_of("hparams_search")}
         spaces = [name for name, path in files.items() if re.search("^space:", path.read_text(errors="replace"), re.M)]
         if choice in files:
             raise ValueError(
@@ -440,7 +439,7 @@ def _command(words: Sequence[str], drawn: Sequence[str]) -> str:
 
 def _free_name(name: str) -> str:
     """`name`, or, where an experiment is called so, the first of name_best, name_best2 … that is none."""
-    taken = {path.stem for folder in (conf_folder(), Path.cwd() / "conf") for path in (folder / "experiment").glob("*")}
+    taken = {path.stem for path in choices_of("experiment")}
     more = (f"{name}_best{number}" for number in range(2, 10**6))
     return next(each for each in (name, f"{name}_best", *more) if each not in taken)
 
@@ -478,16 +477,14 @@ def table(trials: Sequence[FrozenTrial], space: Mapping[str, Dimension]) -> str:
 
 def experiment(words: Sequence[str], about: Sequence[str]) -> str:
     """The words of a command as a file of conf/experiment."""
-    groups = {
-        path.name for folder in (conf_folder(), Path.cwd() / "conf") for path in folder.glob("*") if path.is_dir()
-    }
+    known = groups()
     defaults: list[Any] = []
     values: dict[str, Any] = {}
     for word in words:
         key, _, value = word.lstrip("+").partition("=")
         if key == "experiment":
             defaults.insert(0, value)
-        elif key in groups:
+        elif key in known:
             defaults.append({f"override /{key}": yaml.safe_load(value)})
         elif not word.startswith("~") and not key.startswith("hydra."):
             at = values

@@ -259,13 +259,12 @@ def _say(
 
     left = {job.key for job in in_turn if job.key not in rows}
     folders = folders_by_key()
-    done = {job.key for job in in_turn if is_done(job, rows.get(job.key), folders.get(job.key))}
-    done -= {job.key for job in in_turn if not is_done(job, rows.get(job.key), folders.get(job.key))}
+    undone = {job.key for job in in_turn if not is_done(job, rows.get(job.key), folders.get(job.key))}
     work = sum(plans[cell_of[key]].flops for key in left)
     trained = [(plans[cell_of[key]].flops, rows[key]["train_seconds"]) for key in cell_of if key in rows]
     cost, seconds = sum(f for f, _ in trained), sum(s for _, s in trained)
-    said = f"{spec.title}: {len(cell_of)} runs, {len(done)} done"
-    to_test = len(cell_of) - len(done) - len(left)
+    said = f"{spec.title}: {len(cell_of)} runs, {len(cell_of) - len(undone)} done"
+    to_test = len(undone) - len(left)
     said += f", {to_test} trained and to be tested further" if to_test else ""
     if left:
         said += f"; {work / 1e15:.3f} PFLOP to train"
