@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from spp_cls.results import read_rows
-from spp_cls.run import write_whole
+from spp_cls.whole import write_whole
 
 
 def main() -> None:

@@ -12,7 +12,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Any, NamedTuple, Union, get_args, get_origin
 
 import hydra.utils
 import torch
@@ -79,7 +80,7 @@ def _check_arguments(config: Any, where: str, arguments: dict[str, Any]) -> None
         return
     try:
         target = _locate(config._target_)  # hydra.utils.get_object, which logs besides
-        signature = inspect.signature(target)
+        signature = _signature(target)
     except ValueError:  # a builtin without a signature
         return
     except Exception as error:
@@ -91,8 +92,28 @@ def _check_arguments(config: Any, where: str, arguments: dict[str, Any]) -> None
         for key in [*given, *arguments]:
             if key not in takes:
                 raise ValueError(f"{where}.{key}: {config['_target_']} has no such argument{nearest(key, takes)}")
+    for key, parameter in takes.items():
+        if key in config and isinstance(config[key], str) and _is_number(parameter.annotation):
+            raise ValueError(f"{where}.{key}={config[key]}: takes a number")
     for nested in map(str, config):
         _check_arguments(config._get_node(nested), f"{where}.{nested}", {})
+
+
+def _signature(target: Any) -> inspect.Signature:
+    """With annotations as types, where all that they name is to be had when a program runs."""
+    try:
+        return inspect.signature(target, eval_str=True)
+    except ValueError:
+        raise
+    except Exception:
+        return inspect.signature(target)
+
+
+def _is_number(annotation: Any) -> bool:
+    """Whether an argument of this type can be no word: int, float | None and the like."""
+    is_union = get_origin(annotation) in (Union, UnionType)
+    kinds = set(get_args(annotation) if is_union else (annotation,)) - {type(None), bool}
+    return bool(kinds) and kinds <= {int, float}
 
 
 def check_arguments(config: DictConfig) -> None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from omegaconf import DictConfig
 
 from .door import fail, names_apart, open_door, quoted
-from .run import write_whole
+from .whole import write_whole
 from .words import printable
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from torch import nn
 from tqdm import tqdm
 
 from .media import LastTest, draw_confusion, draw_mistakes, encoded, first_batch, read_test
-from .run import CHECKPOINTS, flat, write_whole
+from .run import CHECKPOINTS, flat
+from .whole import write_whole
 
 Row = dict[str, Any]  # a line of history.jsonl
 LONG = 5000  # rows that take long enough for a progress bar

@@ -159,7 +159,7 @@ def _test(run: Run, views: Views, config: DictConfig, first: Tested | None) -> T
 
 def _write(folder: Path, tested: Sequence[Tested], mean: Scores, results: dict[str, Any]) -> None:
     """What `spp evaluate` leaves in `folder`, of class probabilities (n, K) averaged over the runs."""
-    from .run import write_json
+    from .whole import write_json
 
     first = tested[0]
     labels, classes = first.labels, first.datamodule.classes

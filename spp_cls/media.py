@@ -24,7 +24,7 @@ from torch import Tensor
 from .data.device import Mean, normalise, resize
 from .data.index import Index
 from .data.reader import read_rgb
-from .run import write_json
+from .whole import write_json, written_whole
 
 MEDIA = "media"  # a folder of the run
 LARGEST = 224  # px of the longer side of a picture that is kept
@@ -155,10 +155,8 @@ def _small(image: Tensor) -> Pixels:
 
 
 def _save(path: Path, pixels: Pixels) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.tmp")
-    Image.fromarray(pixels).save(beside, "JPEG", quality=90)
-    beside.replace(path)
+    with written_whole(path) as beside:
+        Image.fromarray(pixels).save(beside, "JPEG", quality=90)
 
 
 # Drawing

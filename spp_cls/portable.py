@@ -12,7 +12,6 @@ import importlib.util
 import json
 import logging
 import math
-import os
 import random
 import sys
 import warnings
@@ -30,6 +29,7 @@ from torch.fx.experimental import _config as size_reasoning
 from tqdm import tqdm
 
 from .data.device import normalise
+from .whole import written_whole
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "aoti": ".aoti.pt2"}
 KEY = "spp_cls"  # of the JSON: in metadata_props of ONNX, extra_files of torch.export, metadata of AOTInductor
@@ -77,9 +77,7 @@ def write(net: nn.Module, path: Path, format: str, about: dict[str, Any], tolera
     check_format(format)
     limits = (about["smallest_size"], about["largest_size"])
     mean, std = about["mean"], about["std"]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.stem}.{os.getpid()}.tmp{path.suffix}")  # writers look at the suffix
-    try:
+    with written_whole(path, path.suffix) as beside:
         with _quiet():
             try:
                 _WRITERS[format](trace(FromPixels(net, mean, std).eval(), limits), beside, json.dumps(about))
@@ -93,9 +91,6 @@ def write(net: nn.Module, path: Path, format: str, about: dict[str, Any], tolera
                 f"{path} is refused: at {_in_words(agreement.worst)} it differs from the net by "
                 f"{agreement.difference:.1e} of the largest logit; {tolerance:.0e} is allowed"
             )
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
     return agreement
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from omegaconf import DictConfig
 
 from .door import names_apart, open_door, quoted
+from .whole import written_whole
+from .words import printable
 
 if TYPE_CHECKING:
     from .classifier import Classifier
@@ -99,7 +101,7 @@ def write(predictions: Iterator[Prediction], format: str, file: TextIO) -> int:
             file.write(json.dumps({**row, "top": top}) + "\n")
         else:
             rest = "  ".join(f"{name} {x:.1%}" for name, x in list(zip(p.classes, p.probabilities, strict=True))[1:])
-            file.write(f"{p.path}  {p.classes[0]} {p.probabilities[0]:.1%}   ({rest})\n")
+            file.write(printable(f"{p.path}  {p.classes[0]} {p.probabilities[0]:.1%}   ({rest})") + "\n")
     return bad
 
 
@@ -127,7 +129,10 @@ def run(config: DictConfig) -> None:
             raise ValueError(f"device={config.device}: {str(error).splitlines()[0]}; use auto or cpu") from error
     predictions = predict(classifier, paths, views, config.top)
     if config.output:
-        with Path(config.output).open("w", newline="") as file:
+        with (
+            written_whole(Path(config.output)) as beside,
+            beside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        ):
             bad = write(predictions, config.format, file)
     else:
         bad = write(predictions, config.format, sys.stdout)

@@ -6,7 +6,6 @@ import csv
 import io
 import logging
 import math
-import os
 import re
 import warnings
 from base64 import b64encode
@@ -19,6 +18,7 @@ from urllib.parse import quote
 
 from .intervals import Estimate, signed
 from .tabular import Cell, Curve, Difference, Figure, Page, Table
+from .whole import written_whole
 
 NONE, NOT_RUN = "–", "not run yet"
 
@@ -262,13 +262,8 @@ def draw(figure: Figure, path: Path) -> None:
     if form not in ("svg", "pdf"):
         raise ValueError(f"path={path}: its suffix has to be .svg or .pdf")
     picture = _drawn(figure, form, alone=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with written_whole(path) as beside:
         beside.write_bytes(picture)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _drawn(figure: Figure, form: str, alone: bool) -> bytes:

@@ -59,7 +59,7 @@ from .records import (
     text,
 )
 from .render import document
-from .run import write_whole
+from .whole import write_whole
 from .words import duration, printable
 
 NAMED = 24  # runs that have a colour each; of more the colour is the metric

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
-from .run import RESULTS, write_whole
+from .run import RESULTS
+from .whole import write_whole
 
 SCORES = "scores"  # a folder of the run: class probabilities of each image by test, if they are kept
 Row = dict[str, Any]

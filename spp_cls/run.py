@@ -126,22 +126,6 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` whole or not at all."""
-    write_whole(path, json.dumps(value, indent=2, default=str) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write `text` whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def note_event(folder: Path, event: str, **facts: Any) -> None:
     """Add a line to `events.jsonl`: what happened to a run from outside, and when (UTC)."""
     line = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "event": event, **facts}

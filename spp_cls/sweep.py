@@ -49,7 +49,7 @@ def run(config: DictConfig) -> None:
     import optuna
 
     from . import build, jobs, study
-    from .run import write_json
+    from .whole import write_json
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -421,8 +421,8 @@ def _write_best(
     what: Search, folder: Path, direction: str, words: Sequence[str]
 ) -> tuple[FrozenTrial, list[str]] | None:
     """Write the settings of the best trial as an experiment; gives it and what was drawn for it, if there is one."""
-    from .run import write_whole
     from .study import best_of
+    from .whole import write_whole
 
     best = best_of(what.study.get_trials(deepcopy=False), direction)
     if best is None:
@@ -446,8 +446,8 @@ def _free_name(name: str) -> str:
 
 def _write_table(what: Search, folder: Path) -> list[FrozenTrial]:
     """Write what came of the trials that have ended, and give them."""
-    from .run import write_whole
     from .study import ended
+    from .whole import write_whole
 
     trials = ended(what.study.get_trials(deepcopy=False))
     write_whole(folder / TABLE, table(trials, what.space))
@@ -516,7 +516,7 @@ def write_wandb(
     trials: int,
 ) -> Path:
     """Write the space as a sweep of W&B, whose agents start `spp train`."""
-    from .run import write_whole
+    from .whole import write_whole
 
     sampler = str((text.get("sampler") or {}).get("_target_", "")).rpartition(".")[2]
     method = {"RandomSampler": "random", "QMCSampler": "random", **dict.fromkeys(TRY_ALL, "grid")}.get(sampler, "bayes")

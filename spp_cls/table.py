@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -303,24 +302,23 @@ def _keep_scores(in_turn: Sequence[Job], results: Path) -> None:
     """Copy the class probabilities that averages are made of to lie beside the result rows, and go where these go."""
     from .jobs import folders_by_key
     from .results import SCORES, scores_path
+    from .whole import written_whole
 
     folders = folders_by_key() if any(job.scores for job in in_turn) else {}
     for job in in_turn:
         for test in job.tests if job.scores and job.key in folders else ():
             own, beside = scores_path(folders[job.key] / SCORES, test), scores_path(results / SCORES / job.key, test)
             if own.is_file() and not beside.is_file():
-                beside.parent.mkdir(parents=True, exist_ok=True)
-                draft = beside.with_name(f"{beside.name}.{os.getpid()}.tmp")
-                shutil.copyfile(own, draft)
-                os.replace(draft, beside)
+                with written_whole(beside) as draft:
+                    shutil.copyfile(own, draft)
 
 
 def _write(spec: Spec, runs: Any, plans: Any, config: DictConfig, words: list[str], output: Path, level: float) -> Any:
     """The table in all forms; gives the tables."""
     from . import jobs, render, tables
     from .results import SCORES
-    from .run import write_whole
     from .tabular import Page
+    from .whole import write_whole
 
     folders = jobs.folders_by_key()
     names = _names(spec, plans)

@@ -259,7 +259,8 @@ def _show(folder: Path, trainer: Trainer, results: dict[str, Any], config: dict[
 def _write_what_begins(it: Prepared) -> str:
     """What a run folder has before the first step; gives the key that stands there."""
     from .going_on import OVERRIDES, settings
-    from .run import KEY, environment, read_key, write_json, write_whole
+    from .run import KEY, environment, read_key
+    from .whole import write_json, write_whole
 
     index, folder = it.datamodule.index, it.folder
     assert index is not None
@@ -284,7 +285,8 @@ def _write_what_came_out(
 ) -> float | None:
     from .differences import decides
     from .going_on import trained_with
-    from .run import RESULTS, write_json
+    from .run import RESULTS
+    from .whole import write_json
 
     epochs = trainer.fit_loop.epoch_progress.current.completed
     if "train/loss" not in metrics:

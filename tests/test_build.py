@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import pickle
 import re
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, Optional, Union
 
 import numpy as np
 import pytest
@@ -82,6 +84,46 @@ def test_every_group_is_looked_at_before_anything_is_made() -> None:
         wrong: Any = {**SGD, "lrs": 1}
         with pytest.raises(ValueError, match=f"^{key}: torch.optim.SGD has no such argument; did you mean lr?"):
             build.check_arguments(OmegaConf.create({group: wrong if group == "optimizer" else {"mine": wrong}}))
+
+
+@pytest.mark.parametrize(
+    ("annotation", "word_is_wrong"),
+    [
+        (int, True),
+        (float | None, True),
+        (Optional[Union[int, float]], True),  # noqa: UP007, UP045  as lightning writes them
+        (int | bool, True),
+        (int | str, False),
+        (list[int], False),
+        (bool, False),
+        (Literal["norm", "value"], False),
+        (inspect.Parameter.empty, False),
+    ],
+)
+def test_a_word_is_refused_where_only_a_number_can_be_meant(
+    monkeypatch: pytest.MonkeyPatch, annotation: Any, word_is_wrong: bool
+) -> None:
+    def takes(x: Any) -> Any:
+        return x
+
+    takes.__annotations__["x"] = annotation
+    monkeypatch.setitem(sys.modules, "made_up", SimpleNamespace(takes=takes))
+
+    def made(value: Any) -> Any:
+        return build.instantiate(OmegaConf.create({"_target_": "made_up.takes", "x": value}), "here")
+
+    if word_is_wrong:
+        with pytest.raises(ValueError, match=r"^here\.x=abc: takes a number$"):
+            made("abc")
+    else:
+        assert made("abc") == "abc"
+    assert made(None) is None and made(2) == 2
+
+
+def test_a_word_for_a_limit_of_the_trainer_is_named_before_anything_is_made() -> None:
+    config = OmegaConf.create({"trainer": {"_target_": "lightning.pytorch.Trainer", "limit_val_batches": "abc"}})
+    with pytest.raises(ValueError, match=r"^trainer\.limit_val_batches=abc: takes a number$"):
+        build.check_arguments(config)
 
 
 # Class weights

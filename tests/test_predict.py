@@ -83,6 +83,21 @@ def test_names_with_odd_letters(spp: Spp, run: Path, pictures: Path, tmp_path: P
     assert len({row["probability"] for row in rows}) == 1
 
 
+def test_a_name_that_is_no_text_or_has_line_breaks_is_one_line_and_comes_back_from_a_file(
+    spp: Spp, run: Path, pictures: Path, tmp_path: Path
+) -> None:
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    names = ["a\udcff.jpg", "b\nc.jpg"]
+    for name in names:
+        shutil.copy(pictures / "test" / "a" / "00.jpg", odd / name)
+    lines = spp("predict", f"run={run}", "odd").out.splitlines()
+    assert [line.partition(".jpg ")[0] for line in lines] == ["odd/a\\udcff", "odd/b\\nc"]
+    assert spp("predict", f"run={run}", "odd", "format=csv", "output=o.csv").code == 0
+    with (tmp_path / "o.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        assert [row["path"] for row in csv.DictReader(file)] == [f"odd/{name}" for name in names]
+
+
 def test_the_training_pictures_need_not_be_there(spp: Spp, tmp_path: Path, small: list[str], pictures: Path) -> None:
     root = tmp_path / "pictures"
     shutil.copytree(pictures, root)

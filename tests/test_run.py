@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,8 +19,8 @@ from spp_cls.run import (
     newest_run,
     note_event,
     run_folder,
-    write_json,
 )
+from spp_cls.whole import write_json
 
 
 def make_run(folder: Path, *checkpoints: str) -> Path:
@@ -68,33 +67,6 @@ def test_the_newest_run_is_the_one_begun_last_whatever_its_name(tmp_path: Path) 
         newest_run(failed)
     with pytest.raises(ValueError, match="no run there yet"):
         newest_run(tmp_path / "nope")
-
-
-def test_json_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "deep" / "results.json"
-    write_json(path, {"error": 1.5, "folder": tmp_path})
-    assert json.loads(path.read_text()) == {"error": 1.5, "folder": str(tmp_path)}
-
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError("No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
-        with pytest.raises(OSError):
-            write_json(path, {"error": 2.5})
-    assert json.loads(path.read_text())["error"] == 1.5
-
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("os.replace", killed)
-        with pytest.raises(KeyboardInterrupt):
-            write_json(path, {"error": 2.5})
-    assert json.loads(path.read_text())["error"] == 1.5
-    with pytest.raises(TypeError):
-        write_json(path, {("no", "key"): 1})
-    assert json.loads(path.read_text())["error"] == 1.5
 
 
 def test_results_are_empty_until_there_are_some(tmp_path: Path) -> None:

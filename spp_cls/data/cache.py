@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..cost import available_memory
+from ..whole import write_whole
 from .index import alone, cache_folder
 from .reader import DECODERS
 from .source import Files, Pixels
@@ -235,9 +236,7 @@ def _fill(folder: Path, files: Files, kind: str, progress: bool) -> None:
             pool.shutdown(cancel_futures=True)
         os.fsync(ends.fileno())
     manifest = {"fingerprint": fingerprint(files, kind), "kind": kind, "pictures": total, "bytes": end}
-    beside = folder / "manifest.json.tmp"
-    beside.write_text(json.dumps({**manifest, "root": _root(files)}) + "\n")
-    os.replace(beside, folder / "manifest.json")
+    write_whole(folder / "manifest.json", json.dumps({**manifest, "root": _root(files)}) + "\n")
 
 
 def _whole_so_far(folder: Path) -> tuple[int, int]:

@@ -14,7 +14,6 @@ import os
 import struct
 import sys
 import time
-import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
+from ..whole import written_whole
 from .facts import ROTTEN, Facts, find_facts, look_at, read_journal
 from .layouts import Listing
 from .reader import Known
@@ -297,18 +297,12 @@ _TEXTS = ("classes", "kind_names", "notes", "passed_over")
 
 def _save(store: Path, index: Index, about: Mapping[str, Any]) -> bool:
     """Writes the file whole or not at all, and says which: a cache that cannot be written costs time, not the run."""
-    temporary = store.with_name(f"{store.stem}_{uuid.uuid4().hex}.tmp")
     text = json.dumps({**about, "checked": index.checked, **{name: getattr(index, name) for name in _TEXTS}})
     columns = {name: getattr(index, name) for name in _COLUMNS}
     columns["text"], columns["starts"] = index.paths.text, index.paths._starts
     try:
-        store.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, about=np.frombuffer(text.encode(), np.uint8), **columns)
-            os.replace(temporary, store)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with written_whole(store) as beside, beside.open("wb") as file:
+            np.savez(file, about=np.frombuffer(text.encode(), np.uint8), **columns)
     except OSError:
         return False
     return True

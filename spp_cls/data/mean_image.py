@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import sys
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ..whole import written_whole
 from .index import Index, alone, cache_folder
 from .source import Files, resized_shapes
 
@@ -41,14 +41,9 @@ def find_mean_image(chosen: str, index: Index, resize: int, region: int) -> Tens
         with contextlib.suppress(OSError, ValueError):
             return _as_tensor(np.load(kept, allow_pickle=False), kept)
         mean = mean_of_regions(index, resize, region)
-        beside = kept.with_name(f"{kept.stem}_{uuid.uuid4().hex}.tmp")
-        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the run
-            try:
-                with open(beside, "wb") as file:
-                    np.save(file, mean)
-                os.replace(beside, kept)
-            finally:
-                beside.unlink(missing_ok=True)
+        # A cache that cannot be written costs time, not the run.
+        with contextlib.suppress(OSError), written_whole(kept) as beside, beside.open("wb") as file:
+            np.save(file, mean)
     return _as_tensor(mean, kept)
 
 
