@@ -167,13 +167,31 @@ def open_cache(folder: Path, files: Files, kind: str) -> Cache:
     return cache
 
 
-def others(files: Files, kind: str, parent: Path | str | None) -> list[tuple[Path, int]]:
-    """Other caches of pictures of the same root, and the bytes that each takes: of another time, size or kind."""
-    here, found = where(files, kind, parent), []
-    for manifest in sorted(here.parent.glob("*/manifest.json")):
-        if manifest.parent != here and _manifest(manifest.parent).get("root") == _root(files):
-            found.append((manifest.parent, int(_manifest(manifest.parent).get("bytes", 0))))
-    return found
+@dataclass(frozen=True)
+class Kept:
+    """A cache, the bytes that it takes, and what it holds of which root; where it is unfinished that is not known."""
+
+    folder: Path
+    num_bytes: int
+    kind: str = ""
+    root: str = ""
+    pictures: int = 0
+
+
+def all_kept(parent: Path | str | None) -> list[Kept]:
+    """Every cache below `parent`, or else in the user's cache folder, the largest first."""
+    found = []
+    for pictures in _place(parent).glob("*/pictures.bin"):
+        manifest = _manifest(pictures.parent)
+        about = {key: manifest[key] for key in ("kind", "root", "pictures") if key in manifest}
+        found.append(Kept(pictures.parent, pictures.stat().st_size, **about))
+    return sorted(found, key=lambda kept: (-kept.num_bytes, kept.folder))
+
+
+def others(files: Files, kind: str, parent: Path | str | None) -> list[Kept]:
+    """Other caches of pictures of the same root: of another time, size or kind."""
+    here = where(files, kind, parent)
+    return [kept for kept in all_kept(parent) if kept.folder != here and kept.root == _root(files)]
 
 
 def make_cache(files: Files, kind: str, parent: Path | str | None = None, *, progress: bool = True) -> Cache:
