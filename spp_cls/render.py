@@ -156,7 +156,7 @@ def _legend(table: Table) -> list[str]:
     if images:
         lines.append(
             f"In brackets: {_levels(images)} interval over seeds and test images, "
-            "for other images of the same kind would have been easier or harder (bootstrap)."
+            "for other images of the same kind would have been easier or harder."
         )
     if table.differences:
         lines.append(

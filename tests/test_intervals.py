@@ -77,7 +77,7 @@ def test_one_net_has_the_binomial_interval() -> None:
     found = over_images(wrong)
     half = 1.96 * 100 * math.sqrt(0.3 * 0.7 / 1000)
     assert (found.mean, found.n) == (30.0, 1)
-    assert (found.low, found.high) == pytest.approx((30 - half, 30 + half), abs=0.2)
+    assert (found.low, found.high) == pytest.approx((30 - half, 30 + half), abs=0.01)
 
 
 def test_one_pair_has_the_normal_interval_of_its_differences() -> None:
@@ -86,65 +86,60 @@ def test_one_pair_has_the_normal_interval_of_its_differences() -> None:
     half = 1.96 * 100 * float(stats.sem(difference))
     found = paired_over_images(a, b)
     assert found.mean == pytest.approx(100 * difference.mean())
-    assert (found.low, found.high) == pytest.approx((found.mean - half, found.mean + half), abs=0.25)
+    assert (found.low, found.high) == pytest.approx((found.mean - half, found.mean + half), abs=0.01)
 
 
 def test_images_that_all_fare_alike_leave_the_seeds() -> None:
-    # Twenty nets, each wrong on all images or on none: the images cannot matter, and t is near the normal.
-    wrong = np.repeat([[True], [False], [False], [True]] * 5, 50, axis=1)
-    found, seeds = over_images(wrong, resamples=20000), mean_interval([100.0, 0.0, 0.0, 100.0] * 5)
+    # Four nets, each wrong on all images or on none: the images cannot matter.
+    wrong = np.repeat([[True], [False], [False], [True]], 50, axis=1)
+    found, seeds = over_images(wrong), mean_interval([100.0, 0.0, 0.0, 100.0])
     assert found.mean == seeds.mean == 50
-    assert found.half == pytest.approx(seeds.half, rel=0.1)
+    assert (found.low, found.high) == (0, 100)  # an error can be no more
+    other = paired_over_images(wrong, np.zeros_like(wrong))
+    assert (other.low, other.high) == pytest.approx((seeds.low, seeds.high))
 
 
 def test_seeds_that_all_fare_alike_leave_the_images() -> None:
     one = some_wrong(1, 800)
     alone, five = over_images(one), over_images(np.repeat(one, 5, axis=0))
-    assert (five.low, five.high) == pytest.approx((alone.low, alone.high), abs=0.2)
+    assert (five.low, five.high) == pytest.approx((alone.low, alone.high))
     assert five.n == 5
 
 
-def test_the_bootstrap_by_brute_force() -> None:
-    a, b = some_wrong(3, 12, 0.4), some_wrong(3, 12, 0.3, seed=5)
-    values = a.astype(int) - b
-    kinds = sorted({tuple(column) for column in values.T.tolist()})
-    of_kind = [[j for j in range(12) if tuple(values[:, j]) == kind] for kind in kinds]
-    generator = np.random.default_rng(3)
-    seeds = generator.multinomial(2, [1 / 3] * 3, size=40)
-    images = generator.multinomial(12, [len(each) / 12 for each in of_kind], size=40)
-    means = []
-    for by_seed, by_kind in zip(seeds, images, strict=True):
-        rows = [i for i, times in enumerate(by_seed) for _ in range(times)]
-        columns = [of_kind[k][0] for k, times in enumerate(by_kind) for _ in range(times)]
-        assert (len(rows), len(columns)) == (2, 12)
-        means.append(100 * sum(values[i, j] for i in rows for j in columns) / 24)
-    found = paired_over_images(a, b, level=0.8, resamples=40, seed=3)
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [0.1, 0.9])))
+def test_two_seeds_and_two_images_by_hand() -> None:
+    # Answers 1 0 / 0 0: mean 1/4; seeds 1/2, 0; images 1/2, 0; each rest ±1/4. Mean squares over S·N = 4: 1/16 each,
+    # so the variance of the mean is 1/16, by 1 degree of freedom each: 1 / (1 + 1 + 1).
+    found = paired_over_images(np.array([[True, False], [False, False]]), np.zeros((2, 2), np.bool_), level=0.9)
+    half = 100 * stats.t.ppf(0.95, 1 / 3) / 4
+    assert (found.mean, found.low, found.high) == pytest.approx((25, 25 - half, 25 + half))
 
 
-def test_resamples_spread_as_they_ought_to() -> None:
-    """Against a plain bootstrap that draws images one by one, and against what the spread of seeds comes to."""
-    wrong = some_wrong(4, 150) | (np.arange(150) < 30)
-    generator, means = np.random.default_rng(1), []
-    for _ in range(4000):
-        rows, columns = generator.integers(0, 4, 3), generator.integers(0, 150, 150)
-        means.append(100 * wrong[np.ix_(rows, columns)].mean())
-    found = over_images(wrong, resamples=20000)
-    assert found.half == pytest.approx((np.quantile(means, 0.975) - np.quantile(means, 0.025)) / 2, rel=0.05)
+def test_the_width_is_what_means_vary_by() -> None:
+    generator, found, truth = np.random.default_rng(2), [], []
+    for _ in range(400):
+        hard, good, both = (
+            generator.normal(size=80),
+            generator.normal(size=(4, 1)) * 0.2,
+            generator.normal(size=(4, 80)),
+        )
+        wrong = hard + good + both < 0
+        interval = over_images(wrong, level=0.6827)
+        found.append(interval.half)
+        truth.append(interval.mean)
+    # At the level of one standard deviation half of the interval is, on average, that of the means of 400 test sets.
+    assert np.sqrt(np.mean(np.square(found))) == pytest.approx(np.std(truth), rel=0.2)
 
 
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = some_wrong(6, 300)
-    whole = over_images(wrong, resamples=500)
-    monkeypatch.setattr("spp_cls.intervals._AT_ONCE", 1000)
-    assert over_images(wrong, resamples=500) == whole
+def test_the_order_of_images_and_of_seeds_changes_nothing() -> None:
+    wrong, generator = some_wrong(3, 200), np.random.default_rng(9)
+    shuffled = wrong[generator.permutation(3)][:, generator.permutation(200)]
+    a, b = over_images(wrong), over_images(shuffled)
+    assert (a.mean, a.low, a.high) == pytest.approx((b.mean, b.low, b.high))
 
 
-def test_the_order_of_images_changes_nothing_and_the_seed_does() -> None:
-    wrong = some_wrong(3, 200)
-    shuffled = wrong[:, np.random.default_rng(9).permutation(200)]
-    assert over_images(wrong) == over_images(wrong) == over_images(shuffled)
-    assert over_images(wrong, seed=1) != over_images(wrong)
+def test_nets_that_never_err_have_no_width() -> None:
+    found = over_images(np.zeros((3, 10), np.bool_))
+    assert (found.mean, found.low, found.high) == (0, 0, 0)
 
 
 def test_swapped_nets_turn_the_sign() -> None:
@@ -152,7 +147,7 @@ def test_swapped_nets_turn_the_sign() -> None:
     there, back = paired_over_images(a, b), paired_over_images(b, a)
     assert there.mean == pytest.approx(-back.mean)
     assert there.mean == pytest.approx(over_images(a).mean - over_images(b).mean)
-    assert (there.low, there.high) == pytest.approx((-back.high, -back.low), abs=0.3)
+    assert (there.low, there.high) == pytest.approx((-back.high, -back.low))
 
 
 def test_pairing_takes_out_what_both_find_hard() -> None:
@@ -161,18 +156,35 @@ def test_pairing_takes_out_what_both_find_hard() -> None:
     assert paired_over_images(a, b).half < 0.5 * over_images(a).half
 
 
-def test_the_bootstrap_covers_the_population() -> None:
+def test_intervals_over_images_cover_the_population() -> None:
     """Images of a drawn difficulty: the mean over seeds on one test set misses the error on others, this does not."""
     generator, hits, seeds_alone = np.random.default_rng(0), 0, 0
-    for _ in range(300):
+    for _ in range(1000):
         difficulty = generator.normal(size=300) * 2
         wrong = difficulty + 0.05 * generator.normal(size=(5, 1)) + generator.normal(size=(5, 300)) < -1
         truth = 100 * stats.norm.cdf(-1 / math.sqrt(4 + 1 + 0.05**2))
-        found, over_seeds = over_images(wrong, resamples=600), mean_interval((100 * wrong.mean(1)).tolist())
+        found, over_seeds = over_images(wrong), mean_interval((100 * wrong.mean(1)).tolist())
         hits += found.low <= truth <= found.high
         seeds_alone += over_seeds.low <= truth <= over_seeds.high
-    assert 0.92 <= hits / 300 <= 0.99
-    assert seeds_alone / 300 < 0.8
+    assert 0.93 <= hits / 1000 <= 0.97
+    assert seeds_alone / 1000 < 0.8
+
+
+@pytest.mark.parametrize(
+    ("seeds", "of_seeds", "of_both"), [(5, 0.0, 1.0), (5, 0.2, 1.0), (18, 0.0, 1.0), (3, 0.2, 0.3)]
+)
+def test_intervals_of_differences_cover_nought(seeds: int, of_seeds: float, of_both: float) -> None:
+    """Two ways that are equal, whatever makes single nets differ; a bootstrap covers 100 % of the first."""
+    generator, hits = np.random.default_rng(1), 0
+    for _ in range(500):
+        hard = 2 * generator.normal(size=300)
+        a, b = (
+            hard + of_seeds * generator.normal(size=(seeds, 1)) + of_both * generator.normal(size=(seeds, 300)) < -0.7
+            for _ in range(2)
+        )
+        found = paired_over_images(a, b)
+        hits += found.low <= 0 <= found.high
+    assert 0.925 <= hits / 500 <= 0.99
 
 
 @pytest.mark.parametrize(
@@ -186,8 +198,6 @@ def test_what_is_no_table_of_answers_is_refused(wrong: npt.NDArray[np.bool_]) ->
 def test_other_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"wrong_b: shape \(2, 4\)"):
         paired_over_images(some_wrong(2, 3), some_wrong(2, 4))
-    with pytest.raises(ValueError, match="resamples=0"):
-        over_images(some_wrong(2, 3), resamples=0)
 
 
 # --- what it says

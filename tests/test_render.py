@@ -87,7 +87,7 @@ Ten views.
 
 - Ours: mean over n seeds ± half of its 95 % interval (Student's t, over seeds alone).
 - In brackets: 95 % interval over seeds and test images, for other images of the same kind would have been easier or \
-harder (bootstrap).
+harder.
 - Differences are in points, over pairs of runs of one seed.
 - Of 50 % of the images.
 """
@@ -113,7 +113,7 @@ def test_latex() -> None:
 \centering
 \caption{Table 2. Ten views. Ours: mean over n seeds $\pm$ half of its 95 \% interval (Student's t, over seeds """
         r"""alone). In brackets: 95 \% interval over seeds and test images, for other images of the same kind would """
-        r"""have been easier or harder (bootstrap). Differences are in points, over pairs of runs of one seed. """
+        r"""have been easier or harder. Differences are in points, over pairs of runs of one seed. """
         r"""Of 50 \% of the images.}
 \begin{tabular}{lrrrr}
 \toprule

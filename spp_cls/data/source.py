@@ -197,7 +197,8 @@ class ViewsSource:
         """
         found: list[tuple[int, npt.NDArray[np.int64]]] = []
         for number, one in enumerate(self.views.passes):
-            for (height, width), views, same in self._alike(one, rows):
+            views = one.num_views(one.shorter_side(self._size, self.resize, self.region), self._size)
+            for (height, width), same in self._alike(one, rows):
                 if one.on_maps:
                     images = batch_size * self.region**2 // (height * width * (1 + one.mirrored))
                 else:
@@ -206,17 +207,18 @@ class ViewsSource:
                 found += [(number, same[i : i + images]) for i in range(0, len(same), images)]
         return found
 
-    def _alike(self, one: Pass, rows: npt.NDArray[np.int64]) -> list[tuple[Shape, int, npt.NDArray[np.int64]]]:
-        """`rows` by what the net is given of them: shape of the pictures in px where that counts, views, the rows."""
+    def _alike(self, one: Pass, rows: npt.NDArray[np.int64]) -> list[tuple[Shape, npt.NDArray[np.int64]]]:
+        """`rows` by the shape in px that their pictures have, where the net is given whole ones."""
+        if not one.whole:
+            return [((0, 0), rows)]
         shorter = one.shorter_side(self._size, self.resize, self.region)
-        groups: dict[tuple[Shape, int], list[int]] = {}
+        groups: dict[Shape, list[int]] = {}
         shapes = resized_shapes(self.index.widths[rows], self.index.heights[rows], shorter)
         if one.warped:
             shapes[:] = shorter
         for row, (height, width) in zip(rows.tolist(), shapes.tolist(), strict=True):
-            key = ((height, width) if one.whole else (0, 0), one.num_views(height, width, self._size))
-            groups.setdefault(key, []).append(row)
-        return [(shape, views, np.array(same, np.int64)) for (shape, views), same in sorted(groups.items())]
+            groups.setdefault((height, width), []).append(row)
+        return [(shape, np.array(same, np.int64)) for shape, same in sorted(groups.items())]
 
     @property
     def _size(self) -> int:

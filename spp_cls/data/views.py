@@ -37,11 +37,15 @@ def five(height: int, width: int, size: int) -> list[tuple[int, int]]:
 
 
 def nine(height: int, width: int, size: int) -> list[tuple[int, int]]:
-    """Centre, corners, middles of the sides, each place once: 3 where a side is a view's (He et al. 2014, §3.1.5)."""
+    """Centre, corners, middles of the sides; centre and both ends where the shorter one is a view's (§3.1.5).
+
+    So a picture has its 96 views, whatever its shape: places that are the same, as in a square, count as often.
+    """
     ((middle, across),) = centre(height, width, size)
     bottom, right = height - size, width - size
-    sides = [(0, across), (middle, 0), (middle, right), (bottom, across)]
-    return list(dict.fromkeys([*five(height, width, size), *sides]))
+    if min(height, width) == size:
+        return [(middle, across), (0, 0), (bottom, right)]
+    return [*five(height, width, size), (0, across), (middle, 0), (middle, right), (bottom, across)]
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,9 @@ class Pass:
         """What the shorter side of the picture is resized to, in px, for views of `size` px."""
         return round(size * resize / region) if self.scale is None else round(self.scale * size / VIEW)
 
-    def num_views(self, height: int, width: int, size: int) -> int:
-        """Views of a picture that was resized to `height` × `width` px."""
-        return len(self.places(height, width, size) if self.places else [()]) * (1 + self.mirrored)
+    def num_views(self, shorter: int, size: int) -> int:
+        """Views of a picture whose shorter side has become `shorter` px."""
+        return len(self.places(shorter, shorter, size) if self.places else [()]) * (1 + self.mirrored)
 
     def images(self, image: Tensor, size: int) -> Tensor:
         """What the net is given of the resized picture (3, h, w): (V, 3, h', w'), mirror images last."""
@@ -137,9 +141,8 @@ class Views:
 
     @property
     def num_views(self) -> int:
-        """Views of one image; of a square one fewer at the scale where its sides are a view's."""
-        sides = [each.shorter_side(VIEW, 256, VIEW) for each in self.passes]
-        return sum(each.num_views(side, 2 * side, VIEW) for each, side in zip(self.passes, sides, strict=True))
+        """Views of one image."""
+        return sum(each.num_views(each.shorter_side(VIEW, 256, VIEW), VIEW) for each in self.passes)
 
     def shorter_side(self, resize: int, region: int) -> int:
         """What the shorter side of the picture is resized to, in px, in passes that have no scale of their own."""

@@ -13,7 +13,7 @@ from torchvision.transforms import functional as tv
 
 from spp_cls.data.device import resize
 from spp_cls.data.distortions import rotate, shift, stretch
-from spp_cls.data.source import take_views
+from spp_cls.data.source import resized_shape, take_views
 from spp_cls.data.views import FULL_VIEWS, PROTOCOLS, SCALES, Pass, Views, centre, five, nine
 from spp_cls.models import SPPNet, sppnet
 
@@ -93,7 +93,8 @@ def test_places_by_hand() -> None:
     assert Counter(nine(256, 341, 224)) == Counter((y, x) for y in (0, 16, 32) for x in (0, 58, 117))
     assert nine(224, 299, 224) == [(0, 38), (0, 0), (0, 75)]  # as high as a view
     assert nine(299, 224, 224) == [(38, 0), (0, 0), (75, 0)]
-    assert nine(224, 224, 224) == [(0, 0)]
+    assert nine(224, 224, 224) == [(0, 0)] * 3
+    assert len(nine(225, 225, 224)) == 9
     assert five(224, 224, 224) == [(0, 0)] * 5  # the ten views of a square are ten
 
 
@@ -120,19 +121,25 @@ def test_the_96_and_2_views_of_a_picture_of_4_to_3_by_hand() -> None:
         # On the mirror image what was `x` px from the left is as far from the right.
         expected += [(1, y, width - x - 224, y + 224, width - x) for y in tops for x in lefts]
         assert Counter(map(tuple, windows.tolist())) == Counter(expected)
-        assert len(windows) == one.num_views(height, width, 224) == (6 if height == 224 else 18)
+        assert len(windows) == one.num_views(height, 224) == (6 if height == 224 else 18)
         found += len(windows)
     assert found == 96
-    assert full.shorter_side(224, 256, 224) == 256 and full.num_views(256, 341, 224) == 2
+    assert full.shorter_side(224, 256, 224) == 256 and full.num_views(256, 224) == 2
     picture = image(256, 341)
     assert torch.equal(full.images(picture, 224), torch.stack([picture, picture.flip(2)]))
     assert full.windows(256, 341, 224) is None
 
 
-def test_a_square_picture_has_two_views_at_the_first_scale() -> None:
-    numbers = [one.num_views(scale, scale, 224) for one, scale in zip(PROTOCOLS["multi_scale"], SCALES, strict=True)]
-    assert numbers == [2, 18, 18, 18, 18, 18]
-    assert FULL_VIEWS.num_views(256, 256, 224) == 2  # of a picture and its mirror image
+@pytest.mark.parametrize("shape", [(300, 300), (300, 301), (300, 900)])
+def test_a_picture_of_any_shape_has_96_views(shape: tuple[int, int]) -> None:
+    numbers = []
+    for one in PROTOCOLS["multi_scale"]:
+        shorter = one.shorter_side(224, 256, 224)
+        windows = one.windows(*resized_shape(shape[1], shape[0], shorter), 224)
+        assert windows is not None and len(windows) == one.num_views(shorter, 224)
+        numbers.append(len(windows))
+    assert numbers == [6, 18, 18, 18, 18, 18]
+    assert FULL_VIEWS.num_views(256, 224) == 2  # of a picture and its mirror image
 
 
 @pytest.mark.parametrize(
