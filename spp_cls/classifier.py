@@ -241,7 +241,7 @@ class Classifier(LightningModule):
             self._views_so_far[row] = before + number
             if before:
                 mean = self.test_scores[row][1].lerp(mean, number / (before + number))
-            self.test_scores[row] = (label, mean)
+            self.test_scores[row] = (label, mean.clone())  # alone: a row would carry its whole batch along
 
     def on_test_epoch_end(self) -> None:
         tested = list(self.test_scores.values())

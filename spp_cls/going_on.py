@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .door import check, compose, dotted, key_of, quoted
 from .ranks import job, place, restarted
-from .run import newest_run, run_folder
+from .run import newest_run, run_folder, started
 
 OVERRIDES = Path(".hydra", "overrides.yaml")
 # Keys of a foreign config, and words of a foreign command line, that Hydra takes for settings and nothing else.
@@ -99,7 +99,7 @@ def _named(arguments: list[str]) -> list[str]:
 def unfinished(wanted: list[str]) -> Path | None:
     """The run begun last of those that were started with `wanted`, can be gone on with, and have not ended."""
     folders = {path.parent.parent for path in Path("runs").glob("**/checkpoints/last.ckpt")}
-    for folder in sorted(folders, key=lambda folder: folder.name, reverse=True):
+    for folder in sorted(folders, key=lambda folder: (started(folder), folder.name), reverse=True):
         if not (folder / "results.json").is_file() and settings_of(folder) == wanted:
             return folder
     return None

@@ -12,14 +12,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .run import CHECKPOINTS, RESULTS, flat, is_held, is_in_training, read_key
+from .run import CHECKPOINTS, RESULTS, flat, is_held, is_in_training, read_key, started
 
 FINISHED, TRAINING, UNFINISHED, FAILED, DIVERGED = "finished", "in training", "unfinished", "failed", "diverged"
 PRUNED = "pruned"
@@ -124,7 +123,7 @@ def read_record(folder: Path) -> Record:
         train_seconds=sum(_column(timing, "train_seconds")),
         images_per_s=speeds[len(speeds) // 2] if speeds else None,
         device=str(device or ""),
-        started=_started(folder),
+        started=started(folder),
         key=read_key(folder),
         config=config,
     )
@@ -241,16 +240,6 @@ def _last_words(folder: Path) -> str:
     return last.removeprefix("spp train: ") if last.startswith("spp train: ") else ""
 
 
-def _started(folder: Path) -> str:
-    """When the run was begun, by its folder's name, or else by its oldest file."""
-    named = re.match(r"(\d{4}-\d\d-\d\d)_(\d\d)-(\d\d)-(\d\d)", folder.name)
-    if named:
-        return f"{named[1]}T{named[2]}:{named[3]}:{named[4]}"
-    files = [folder / name for name in (".hydra/config.yaml", "config.yaml", "environment.json", "key", SWEEP)]
-    times = [file.stat().st_mtime for file in files if file.is_file()]
-    return datetime.fromtimestamp(min(times)).isoformat(timespec="seconds") if times else ""
-
-
 # Sweeps
 
 
@@ -298,7 +287,7 @@ def read_sweep(folder: Path) -> Record:
         epochs=len(trials),
         of=budget if isinstance(budget, int) else None,
         train_seconds=sum(sum(_column(json_lines(run / "timing.jsonl"), "train_seconds")) for run in runs),
-        started=min(filter(None, map(_started, runs)), default=_started(folder)),
+        started=min(filter(None, map(started, runs)), default=started(folder)),
         key="",
     )
 

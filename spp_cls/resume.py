@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -132,11 +133,11 @@ class ResumePoint(Checkpoint):
             return
         due = trainer.is_global_zero and time.monotonic() - self._saved >= self.every_seconds
         due = due or bool(self.every_steps and trainer.global_step % self.every_steps == 0)
-        wanted = largest(self._asked or int(due))  # no signal has the number 1
+        wanted = largest(self._asked + 1 if self._asked else int(due))  # of all ranks; 1 is to save and go on
         if wanted:
             self._save(trainer)
         if wanted > 1:
-            self._leave(trainer, wanted)
+            self._leave(trainer, wanted - 1)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validating = True
@@ -180,7 +181,10 @@ class ResumePoint(Checkpoint):
                 if self._alone
                 else "after this validation"
             )
-        os.write(2, f"\n{name}: ends {ends}; again to end at once\n".encode())
+        try:
+            os.write(2, f"\n{name}: ends {ends}; again to end at once\n".encode())
+        except OSError:
+            _print_nowhere()
         with contextlib.suppress(OSError):
             note_event(self.path.parent.parent, "signal", name=name)
 
@@ -203,6 +207,15 @@ class ResumePoint(Checkpoint):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
+
+
+def _print_nowhere() -> None:
+    """The terminal is gone: whoever prints, the bar above all, would raise amid the step that is to be saved."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode):
+            os.dup2(nowhere, stream)
+    os.close(nowhere)
 
 
 def requeue(is_global_zero: bool) -> bool:

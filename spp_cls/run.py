@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -104,10 +105,20 @@ def how_to_go_on(folder: Path) -> str:
     return f"; go on with spp train ckpt_path={folder}" if saved else ""
 
 
+def started(folder: Path) -> str:
+    """When the run or sweep of `folder` was begun, as ISO 8601: by the folder's name, or else by its oldest file."""
+    named = re.match(r"(\d{4}-\d\d-\d\d)_(\d\d)-(\d\d)-(\d\d)", folder.name)
+    if named:
+        return f"{named[1]}T{named[2]}:{named[3]}:{named[4]}"
+    files = (folder / ".hydra" / "config.yaml", *folder.glob("*"))
+    times = [file.stat().st_mtime for file in files if file.is_file()]
+    return datetime.fromtimestamp(min(times)).isoformat(timespec="seconds") if times else ""
+
+
 def newest_run(runs: Path) -> Path:
     """The run folder below `runs` that was begun last; raises ValueError where it has no checkpoint to go on from."""
     configs = [path for path in runs.glob("**/config.yaml") if path.parent.name != ".hydra"]
-    folders = sorted((path.parent for path in configs), key=lambda folder: folder.name)
+    folders = sorted((path.parent for path in configs), key=lambda folder: (started(folder), folder.name))
     if not folders:
         raise ValueError(f"{runs}: no run there yet; name a run folder or a checkpoint")
     saved = [folder for folder in folders if (folder / CHECKPOINTS / "last.ckpt").is_file()]

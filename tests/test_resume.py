@@ -2,10 +2,16 @@ from __future__ import annotations
 
 import copy
 import errno
+import fcntl
 import json
 import os
+import pty
+import select
 import shutil
 import signal
+import subprocess
+import sys
+import termios
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -376,7 +382,7 @@ class Signal(Callback):
 @pytest.fixture
 def handlers() -> Iterator[None]:
     """Ctrl-C is not ignored, as in a shell's background it is; and all is as before when a test ends."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     ours = [signal.getsignal(number) for number in numbers]
@@ -389,8 +395,8 @@ def handlers() -> Iterator[None]:
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)],
-    ids=["TERM", "INT", "USR1"],
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)],
+    ids=["TERM", "INT", "USR1", "HUP"],
 )
 @pytest.mark.parametrize(
     ("step", "at", "saved"),
@@ -585,3 +591,35 @@ def test_errors_stand_in_the_history_where_they_were_measured(
     trainer.fit(make_classifier(), datamodule=make_datamodule(pictures))
     rows = [row for row in read_history(tmp_path) if "train/loss" in row]
     assert ["val/top1_error" in row for row in rows] == [(epoch + 1) % every_epochs == 0 for epoch in range(4)]
+
+
+@pytest.mark.slow
+def test_a_run_whose_terminal_is_closed_saves_and_ends(pictures: Path, tmp_path: Path, small: list[str]) -> None:
+    """The bar's terminal is gone before the step ends: to print there would raise amid what is to be saved."""
+    ours, terminal = pty.openpty()
+    command = [sys.executable, "-m", "spp_cls", "train", *small, "trainer.max_epochs=1000", "hydra.run.dir=run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SPP_CACHE": str(tmp_path / "cache")}
+
+    def own_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        preexec_fn=own_terminal,
+    )
+    os.close(terminal)
+    history = tmp_path / "run" / "history.jsonl"
+    while process.poll() is None and not (history.is_file() and history.stat().st_size > 2000):
+        if select.select([ours], [], [], 0.1)[0]:
+            os.read(ours, 65536)
+    os.close(ours)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    ended = next(event for event in events if event["event"] == "ended")
+    assert ended["by"] == "SIGHUP" and ended["saved"] == ended["step"] > 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +60,12 @@ def test_the_newest_run_is_the_one_begun_last_whatever_its_name(tmp_path: Path) 
     failed.mkdir(parents=True)
     (failed / "config.yaml").touch()
     assert newest_run(tmp_path) == tmp_path / "tiny" / "2026-01-03_00-00-00_0000"
+    of_a_table = make_run(tmp_path / "table2" / "a_zf5_seed0", "last")  # begun before, says its oldest file
+    os.utime(of_a_table / "config.yaml", (0, 0))
+    assert newest_run(tmp_path) == tmp_path / "tiny" / "2026-01-03_00-00-00_0000"
+    os.utime(of_a_table / "config.yaml", (2e9, 2e9))
+    assert newest_run(tmp_path) == of_a_table
+    shutil.rmtree(of_a_table)
     make_run(tmp_path / "tiny" / "2026-01-05_00-00-00_0000")
     with pytest.raises(
         ValueError, match="the newest run, .*2026-01-05.*, has saved no checkpoint; name one, like .*01-03"

@@ -44,8 +44,8 @@ Layer = Conv | Pool | Norm
 # Paper: no padding is printed anywhere, "whatever gives the expected sizes". Here: paddings that give the printed sizes
 # at 224 and ZF-5's 10 × 10 at 180, because these are all that the paper checks; of Overfeat they make 14 × 14 there.
 # Paper: ZF-5's pool1 makes 55 cells of 110; the released net rounds up. Here: padding 1 and rounding down, because to
-# round up breaks torch.export with a free size. There are as many cells at 180, 200, 224, 227 and 256 px, and one more at
-# one size in eight (189); each looks 2 px further to the left and above.
+# round up breaks torch.export with a free size. There are as many cells at 180, 200, 224, 227 and 256 px, and one more
+# at one size in eight (189); each looks 2 px further to the left and above.
 ZF5: tuple[Layer, ...] = (
     Conv(96, 7, stride=2, padding=1),  # 110 | 88
     Norm(),
