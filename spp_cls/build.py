@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import json
 import logging
@@ -34,6 +35,7 @@ from .data.mean_image import digest as mean_digest
 from .differences import CHANGES, REFUSED, Difference, deciding, differences, machine, run_key
 from .door import check, compose, dotted, nearest, own_conf
 from .jobs import Job
+from .models.initialise import weights_file
 from .ranks import place
 from .resume import AtomicCheckpointIO, History, ResumePoint
 from .run import CHECKPOINTS, Run, find_checkpoint, run_folder
@@ -259,7 +261,7 @@ def what_decides(config: DictConfig) -> dict[str, Any]:
 
 
 def _settings(config: DictConfig) -> dict[str, Any]:
-    """The config of a run, resolved, without where the run lies."""
+    """The config of a run, resolved, without where the run lies, and with what is in the files that it starts from."""
     own = config.copy()
     for key in dotted(own):
         parent, _, last = key.rpartition(".")
@@ -267,8 +269,22 @@ def _settings(config: DictConfig) -> dict[str, Any]:
         node = holder._get_node(last)
         if not isinstance(node, DictConfig) and "${hydra:" in str(node._value()):
             holder[last] = None  # where the run lies, which decides nothing
+    for key, file_of in (("model.init_from", weights_file), ("data.mean_image", Path)):
+        path = OmegaConf.select(own, key)
+        if isinstance(path, str) and file_of(path).is_file():  # else it is a word, or will be named as missing
+            OmegaConf.update(own, key, f"{path}, {_contents(file_of(path), file_of(path).stat().st_mtime_ns)}")
     settings: Any = OmegaConf.to_container(own, resolve=True)
     return dict(settings)
+
+
+@functools.lru_cache(maxsize=64)
+def _contents(path: Path, changed: int) -> str:
+    """A hash of the file; `changed` is when it was, for what is remembered."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            sha.update(block)
+    return sha.hexdigest()[:16]
 
 
 def composed(words: Sequence[str]) -> DictConfig:

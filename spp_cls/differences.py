@@ -44,7 +44,8 @@ KINDS = {
 OF_THE_COMMAND = ("ckpt_path", "resume", "trust")  # by nature others when a run goes on
 # Harmless to a run that goes on, but ranks that differed in it would wait for each other.
 TOGETHER = ("test", "tests", "views", "trainer.limit_test_batches", "trainer.num_sanity_val_steps")
-DECIDE = ("model.init_from", "model.weights")  # a result, but no longer a run that goes on: its checkpoint has them
+# A result, but not how a run goes on: its checkpoint has the weights, and tests come after.
+DECIDE = ("model.init_from", "model.weights", "trainer.limit_test_batches")
 
 
 @dataclass(frozen=True)

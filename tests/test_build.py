@@ -482,6 +482,24 @@ def test_the_key_of_a_job_is_that_of_what_decides_its_result(
     assert len({*others, key}) == 5
 
 
+@pytest.mark.parametrize(
+    ("key", "name"), [("model.init_from", "run/checkpoints/last.ckpt"), ("data.mean_image", "m.npy")]
+)
+def test_a_file_that_a_run_starts_from_is_known_by_its_contents(
+    words: list[str], tmp_path: Path, key: str, name: str
+) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    named = f"{key}={file.parents[1] if name.startswith('run/') else file}"
+    keys = []
+    for second, grey in enumerate((1, 2, 1)):
+        with file.open("wb") as contents:
+            np.save(contents, np.full((32, 32, 3), grey, np.float32))
+        os.utime(file, (second, second))
+        keys.append(job(words, named).key)
+    assert keys[0] == keys[2] != keys[1]
+
+
 def test_what_is_wrong_with_a_job_is_one_line(words: list[str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="^tests: center_crop@big: write views, views@px or train/views@px"):
         job(words, "tests=[center_crop@big]")

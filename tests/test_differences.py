@@ -155,6 +155,7 @@ def test_what_decides_no_result_changes_no_key(key: str, value: Any) -> None:
         ("model.levels", [6]),
         ("model.init_from", "a.ckpt"),
         ("model.weights", "DEFAULT"),
+        ("trainer.limit_test_batches", 2),
         ("data.batch_size", 16),
         ("data.flip", 0.0),
         ("sizes.sizes", [224]),

@@ -42,15 +42,18 @@ def _normal(weight: Tensor, std: float, name: str, seed: int) -> None:
         weight.copy_(torch.empty(weight.shape).normal_(0, std, generator=generator))
 
 
+def weights_file(path: str) -> Path:
+    """The checkpoint that `path`, a checkpoint or a run folder, names."""
+    return Path(path) / "checkpoints" / "last.ckpt" if Path(path).is_dir() else Path(path)
+
+
 def load_weights(net: nn.Module, path: str) -> None:
     """Copy weights, and nothing else, from a checkpoint or run folder; the last layer may have other classes.
 
     Raises ValueError where `path` is no checkpoint, or where any other layer is missing in either or has another shape.
     """
-    file = Path(path)
-    file = file / "checkpoints" / "last.ckpt" if file.is_dir() else file
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+        state = torch.load(weights_file(path), map_location="cpu", weights_only=True)["state_dict"]
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"init_from={path}: no readable checkpoint ({reason})") from error
