@@ -23,7 +23,7 @@ from .cost import available_memory, cost, in_px, too_large
 from .differences import of_all_ranks
 from .media import keep_first_batch
 from .ranks import end, refuse_different
-from .run import how_to_go_on, note_event
+from .run import TIMING, how_to_go_on, note_event
 
 
 class SameRun(Callback):
@@ -166,19 +166,36 @@ class Watch(Callback):
 
 
 class Timing(Callback):
-    """`timing.jsonl`: a line an epoch with its seconds, images/s, share of time waited for data, and memory."""
+    """`timing.jsonl`: a line an epoch with its seconds, images/s, share of time waited for data, and memory.
+
+    A checkpoint holds what has been timed of its epoch and the length of the file, so that of a run that was killed the
+    time counts that its weights took, and no other.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "timing.jsonl"
+        self.path = folder / TIMING
         self.images_per_s = self.waiting = self._step_seconds = 0.0
+        self._before: dict[str, Any] = {}  # what the checkpoint holds that the run goes on from
+        self._offset = 0
         self._start_epoch()
 
-    def _start_epoch(self) -> None:
-        self._images, self._waited, self._began = 0, 0.0, time.perf_counter()
-        self._batch_ended = self._trained = self._began
+    def _start_epoch(self, images: int = 0, seconds: float = 0.0, waited: float = 0.0) -> None:
+        self._images, self._waited, now = images, waited, time.perf_counter()
+        self._began, self._batch_ended, self._trained = now - seconds, now, now
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"images": self._images, "seconds": self._trained - self._began, "waited": self._waited}
+        return {"offset": self._offset, "epoch": own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._offset, self._before = state_dict["offset"], state_dict["epoch"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start_epoch()  # a run that goes on inside an epoch does not start that one
+        if trainer.is_global_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.truncate(min(self._offset, file.tell()))
+        self._start_epoch(**self._before)  # a run that goes on inside an epoch does not start that one
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start_epoch()
@@ -209,9 +226,9 @@ class Timing(Callback):
             "waiting_for_data": round(self.waiting, 4),
             "peak_memory_mb": round(peak_memory(pl_module.device) / 1e6),
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        with self.path.open("ab") as file:
+            file.write(f"{json.dumps(row)}\n".encode())
+            self._offset = file.tell()
 
 
 def peak_memory(device: torch.device) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from .ranks import without_ranks
 from .results import SCORES, Row, read_results, read_rows, row_of, scores_path, together
 from .run import CHECKPOINTS, KEY, RESULTS, is_in_training, read_key
 
@@ -97,10 +99,16 @@ def known_rows(results: Iterable[Path] = (Path("results"),), places: Iterable[Pa
     """Key → row of every finished run that has a row in `results`, or a folder below `places`."""
     rows = read_rows(path for path in results if path.exists())
     for key, folder in folders_by_key(places).items():
-        row = row_of(folder)
+        row = _row_of(folder, key)
         if row is not None:
             rows[key] = together(rows[key], row) if key in rows else row
     return rows
+
+
+def _row_of(folder: Path, key: str) -> Row | None:
+    """The row of the run of `folder`, if it is of `key`: the folder may have been named for another run since."""
+    row = row_of(folder)
+    return row if row is not None and row["key"] == key else None
 
 
 def lacks(job: Job, row: Row | None) -> list[str]:
@@ -201,7 +209,7 @@ def run_jobs(
                         outcome.row, outcome.was_done = rows[job.key], True
                     elif job.key in failed:
                         outcome.reason = failed[job.key]
-                    elif job.key in rows and job.key not in folders:
+                    elif job.key in rows and not _is_here(job, folders):
                         outcome.reason = (
                             f"its result row has no {', '.join(lacks(job, rows[job.key]))}, and its run folder is not "
                             f"here to be tested: put that back below {RUNS[0]}/, or, to train it again, remove the row "
@@ -225,6 +233,13 @@ def run_jobs(
                 time.sleep(LOOK)
             raise
     return outcomes
+
+
+def _is_here(job: Job, folders: dict[str, Path]) -> bool:
+    """Whether the run of `job` has a folder here; one that has come since `folders` were looked for is added."""
+    if job.key not in folders:
+        folders.update(folders_by_key())
+    return job.key in folders
 
 
 def pass_on(running: Running, signals: int) -> None:
@@ -269,14 +284,12 @@ def _begin(outcome: Outcome, place: dict[str, str]) -> subprocess.Popen[bytes] |
     if is_in_training(folder):
         _say_it_waits(outcome)
         return None
-    row = row_of(folder)
+    row = _row_of(folder, job.key)
     if is_done(job, row, folder):
         outcome.row, outcome.was_done = row, True
         return None
     if _has_saved(folder):
-        # What a test needs may be more than what the run was started for.
-        more = [word for word in job.settings if word.startswith(("tests=", "views=", "keep_scores="))]
-        words = [f"ckpt_path={_quoted(folder)}", *more]
+        words = [f"ckpt_path={_quoted(folder)}", *_words_to_go_on(job)]
     elif (folder / RESULTS).is_file():
         outcome.reason = (
             f"{folder} has ended without the tests {', '.join(lacks(job, row) or job.tests)}, and has no "
@@ -291,13 +304,20 @@ def _begin(outcome: Outcome, place: dict[str, str]) -> subprocess.Popen[bytes] |
     with (folder / OUTPUT).open("ab") as output:
         return subprocess.Popen(
             [*COMMAND, *words],
-            env={**os.environ, **place},
+            env={**without_ranks(os.environ), **place},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is passed on once, by the ledger
             preexec_fn=partial(_die_with, os.getpid()) if sys.platform == "linux" else None,
         )
+
+
+def _words_to_go_on(job: Job) -> list[str]:
+    """What a run that is there is told anew: it may have been begun with other tests, and configs may lie elsewhere."""
+    kept = [word for word in job.settings if re.match(r"(views|hydra\.searchpath)\b", word)]
+    tests = ["test=true", f"tests=[{','.join(job.tests)}]"] if job.tests else []
+    return [*kept, *tests, *(["keep_scores=true"] if job.scores else [])]
 
 
 def _folder_of(job: Job) -> Path:

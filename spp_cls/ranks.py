@@ -13,12 +13,18 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 PATIENCE = 10.0  # seconds that the others give rank 0 to say why all of them end
+# What SLURM and torchrun say of a process of theirs; a run that it starts is no rank of it.
+OF_A_RANK = (
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_RESTART_COUNT"),
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID"),
+)
 _kept: list[Any] = []  # the store of a rank 0 that serves it, which ends with it
 
 
@@ -44,6 +50,11 @@ def place() -> Place:
         ranks = int(env.get("SLURM_NTASKS", 1))
         return Place(int(env["SLURM_PROCID"]), ranks, ranks // int(env.get("SLURM_NNODES", 1)), "SLURM")
     return Place(0, 1, 1, "nobody")
+
+
+def without_ranks(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment `env` for a run that has ranks of its own, whoever started this process."""
+    return {name: value for name, value in env.items() if name not in OF_A_RANK}
 
 
 def restarted() -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from .run import CHECKPOINTS, RESULTS, flat, is_held, is_in_training, read_key, started
+from .run import CHECKPOINTS, RESULTS, TIMING, device_of, flat, is_held, is_in_training, read_key, started
 
 FINISHED, TRAINING, UNFINISHED, FAILED, DIVERGED = "finished", "in training", "unfinished", "failed", "diverged"
 PRUNED = "pruned"
@@ -97,7 +97,7 @@ def read_record(folder: Path) -> Record:
     if not folder.is_dir():
         return _NOTHING
     config, about = dict(flat(read_config(folder))), read_json(folder / "environment.json")
-    results, timing = read_json(folder / RESULTS), json_lines(folder / "timing.jsonl")
+    results, timing = read_json(folder / RESULTS), json_lines(folder / TIMING)
     state, why = _state(folder, bool(results))
     metrics = _numbers(results)
     for test in _tests(results):
@@ -109,8 +109,6 @@ def read_record(folder: Path) -> Record:
         for row in rows:
             metrics.update(_numbers(row))
     speeds = sorted(_column(timing, "images_per_s"))
-    gpus = about.get("gpus") if isinstance(about.get("gpus"), list) else []
-    device = gpus[0] if gpus and config.get("trainer.accelerator") != "cpu" else about.get("processor")
     most = config.get("trainer.max_epochs")
     return Record(
         run=str(folder),
@@ -122,7 +120,7 @@ def read_record(folder: Path) -> Record:
         metrics={name: value for name, value in metrics.items() if "/" in name},
         train_seconds=sum(_column(timing, "train_seconds")),
         images_per_s=speeds[len(speeds) // 2] if speeds else None,
-        device=str(device or ""),
+        device=device_of(about),
         started=started(folder),
         key=read_key(folder),
         config=config,
@@ -286,7 +284,7 @@ def read_sweep(folder: Path) -> Record:
         why=", ".join(f"{states[state]} {said}" for state, said in _OTHERWISE.items() if states[state]),
         epochs=len(trials),
         of=budget if isinstance(budget, int) else None,
-        train_seconds=sum(sum(_column(json_lines(run / "timing.jsonl"), "train_seconds")) for run in runs),
+        train_seconds=sum(sum(_column(json_lines(run / TIMING), "train_seconds")) for run in runs),
         started=min(filter(None, map(started, runs)), default=started(folder)),
         key="",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
-from .run import RESULTS
-from .whole import write_whole
+from .run import RESULTS, TIMING, device_of
+from .whole import write_whole, written_whole
 
 SCORES = "scores"  # a folder of the run: class probabilities of each image by test, if they are kept
 Row = dict[str, Any]
@@ -30,30 +31,32 @@ def result_of_test(name: str, labels: npt.NDArray[np.int64], scores: Any, second
         "images": len(labels),
         **errors(labels, scores),
         "seconds": None if seconds is None else round(seconds, 4),
-        "wrong": base64.b64encode(np.packbits(~_best(labels, scores)[:, 0]).tobytes()).decode(),
+        "wrong": base64.b64encode(np.packbits(_better(labels, scores) > 0).tobytes()).decode(),
     }
 
 
 def errors(labels: npt.NDArray[np.int64], scores: Any) -> dict[str, float]:
     """Top-1 and top-5 error in percent of scores (n, K)."""
-    best = _best(labels, scores)
+    better = _better(labels, scores)
     return {
-        "top1_error": 100 * float(1 - best[:, 0].mean()),
-        "top5_error": 100 * float(1 - best.any(1).mean()),
+        "top1_error": 100 * float(1 - (better < 1).mean()),
+        "top5_error": 100 * float(1 - (better < 5).mean()),
     }
 
 
-def _best(labels: npt.NDArray[np.int64], scores: Any) -> npt.NDArray[np.bool_]:
-    """Which of the five best answers to each image is right (n, 5); of equal scores the first class goes before."""
-    right: npt.NDArray[np.bool_] = np.argsort(-scores, axis=1, kind="stable")[:, :5] == labels[:, None]
-    return right
+def _better(labels: npt.NDArray[np.int64], scores: Any) -> npt.NDArray[np.int64]:
+    """How many answers are better than the right one (n,); of equal scores the first class goes before."""
+    own = np.take_along_axis(scores, labels[:, None], 1)  # (n, 1)
+    before = np.arange(scores.shape[1]) < labels[:, None]  # (n, K)
+    better: npt.NDArray[np.int64] = ((scores > own) | ((scores == own) & before)).sum(1)
+    return np.where(np.isnan(own[:, 0]), scores.shape[1], better)  # what is no number is no answer
 
 
 def save_scores(folder: Path, name: str, labels: npt.NDArray[np.int64], scores: Any) -> None:
     """Keep the class probabilities (n, K) of a test in half precision, for averaging over nets."""
     path = scores_path(folder, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, labels=labels, scores=scores.astype(np.float16))
+    with written_whole(path, ".npz") as beside:
+        np.savez_compressed(beside, labels=labels, scores=scores.astype(np.float16))
 
 
 def scores_path(folder: Path, name: str) -> Path:
@@ -92,10 +95,7 @@ def row_of(folder: Path) -> Row | None:
 
 
 def _row(folder: Path, results: Row, about: Row) -> Row:
-    timing = _rows(folder / "timing.jsonl")
-    history = _rows(folder / "history.jsonl")
-    epochs = [row for row in history if "train/loss" in row]
-    sizes = {row["epoch"]: row["size"] for row in history if "size" in row}
+    timing = _rows(folder / TIMING)
     return {
         "key": results["key"],
         "settings": results["settings"],
@@ -104,17 +104,36 @@ def _row(folder: Path, results: Row, about: Row) -> Row:
         "epochs": results["epochs"],
         "train_seconds": round(sum(row["train_seconds"] for row in timing), 1),
         "images_per_s": _median([row["images_per_s"] for row in timing]),
-        "device": (about.get("gpus") or [about.get("processor")])[0],
+        "device": device_of(about),
         "versions": {name: about["versions"].get(name) for name in ("spp_cls", "torch")},
         "commit": about.get("spp_cls_commit"),
         "tests": results["tests"],
-        "curve": [
-            [row["epoch"], sizes.get(row["epoch"]), *(_short(row.get(name)) for name in CURVE)] for row in epochs
-        ],
+        "curve": _curve(_text(folder / "history.jsonl")),
     }
 
 
-CURVE = ("train/loss", "train/top1_error", "val/top1_error")  # of each epoch, behind its number and size in px
+# Of each epoch, behind its number and the size in px of its batches, null where there were several.
+CURVE = ("train/loss", "train/top1_error", "val/top1_error")
+_STEP = re.compile(r'"epoch": (\d+),.*"size": (\d+)')
+
+
+def _curve(history: str) -> list[list[Any]]:
+    sizes: dict[int, set[int]] = {}
+    epochs = []
+    for line in history.splitlines():
+        if '"train/loss"' in line:
+            epochs.append(_parsed(line))
+        elif step := _STEP.search(line):  # of which there may be a million
+            sizes.setdefault(int(step[1]), set()).add(int(step[2]))
+    return [
+        [row["epoch"], *_the_one(sizes.get(row["epoch"], set())), *(_short(row.get(name)) for name in CURVE)]
+        for row in epochs
+        if row is not None
+    ]
+
+
+def _the_one(sizes: set[int]) -> list[int | None]:
+    return [*sizes] if len(sizes) == 1 else [None]
 
 
 def _short(value: float | None) -> float | None:

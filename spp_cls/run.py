@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 from .ranks import job
 
 CHECKPOINTS = "checkpoints"
-RESULTS, KEY, LOCK = "results.json", "key", "training.lock"
+RESULTS, TIMING, KEY, LOCK = "results.json", "timing.jsonl", "key", "training.lock"
 PATIENCE = 10.0
 FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # the second where there are quotas
 _PACKAGES = (
@@ -97,6 +97,11 @@ def read_key(folder: Path) -> str:
     """The key of the run of `folder`; empty where it has none."""
     path = folder / KEY
     return path.read_text(errors="replace").strip() if path.is_file() else ""
+
+
+def holds_a_run(folder: Path) -> bool:
+    """Whether there is something in `folder` that a run which begins there would destroy."""
+    return (folder / RESULTS).is_file() or (folder / CHECKPOINTS / "last.ckpt").is_file()
 
 
 def how_to_go_on(folder: Path) -> str:
@@ -220,6 +225,12 @@ def environment(command: list[str], config_yaml: str, index_digest: str) -> dict
         "config_hash": digest(config_yaml),
         "index_hash": index_digest,
     }
+
+
+def device_of(about: dict[str, Any]) -> str:
+    """What the run was computed by of which `about` is the environment, as far as that says."""
+    gpus = about.get("gpus")
+    return str(about.get("device") or (gpus[0] if isinstance(gpus, list) and gpus else about.get("processor")) or "")
 
 
 def _git(*arguments: str) -> str | None:

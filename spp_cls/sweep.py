@@ -37,11 +37,6 @@ ONE_ORDER = ("GridSampler", "QMCSampler")
 TRY_ALL = ("GridSampler", "BruteForceSampler")
 BEST = "best.yaml"
 BEGUN_WITH = "spp_cls"  # a user attribute of the study
-# What SLURM and torchrun say of this process; the runs that it starts are no ranks of theirs.
-OF_THIS_PROCESS = (
-    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_RESTART_COUNT"),
-    *("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"),
-)
 
 
 def run(config: DictConfig) -> None:
@@ -84,8 +79,6 @@ def run(config: DictConfig) -> None:
         raise ValueError(f"storage={config.storage}: use sqlite, journal or a URL, like postgresql+psycopg://HOST/NAME")
     if not _is_number(config.patience) or config.patience <= 0:
         raise ValueError(f"patience={config.patience}: use seconds above 0")
-    for name in OF_THIS_PROCESS:
-        os.environ.pop(name, None)
     places = jobs.places(config.at_once, config.trainer.devices, config.trainer.accelerator)
     places = jobs.in_group(places, folder.name)
     named = any(key_of(word) == "name" for word in words)

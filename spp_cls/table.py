@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -391,11 +393,10 @@ def _scores(places: Sequence[Path], name: str) -> Any:
 
     from .results import scores_path
 
-    path = next((path for place in places if (path := scores_path(place, name)).is_file()), None)
-    if path is None:
-        return None
-    with np.load(path) as kept:
-        return kept["labels"], kept["scores"].astype(np.float32)
+    for place in places:
+        with contextlib.suppress(OSError, ValueError, BadZipFile, KeyError), np.load(scores_path(place, name)) as kept:
+            return kept["labels"], kept["scores"].astype(np.float32)
+    return None
 
 
 def _notes(spec: Spec, runs: Any, config: DictConfig, words: list[str]) -> tuple[str, ...]:

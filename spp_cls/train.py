@@ -137,14 +137,14 @@ def run(config: DictConfig) -> float | None:
         return None
     it.folder.mkdir(parents=True, exist_ok=True)
     with in_training(it.folder):
-        key = _write_what_begins(it)
+        _write_what_begins(it)
         try:
             metrics, tested = _train_and_test(it)
             if not it.trainer.interrupted:
                 _show(it.folder, it.trainer, {**metrics, "tests": tested}, it.resolved)
         finally:
             dashboards.close(it.trainer.loggers)
-        return _write_what_came_out(it.folder, it.trainer, metrics, it.config, {"key": key, "tests": tested})
+        return _write_what_came_out(it.folder, it.trainer, metrics, it.config, {"key": it.key, "tests": tested})
 
 
 def prepare(config: DictConfig, folder: Path) -> Prepared:
@@ -152,13 +152,17 @@ def prepare(config: DictConfig, folder: Path) -> Prepared:
     from . import build
     from .differences import of_all_ranks
     from .ranks import place, refuse_different
-    from .run import find_checkpoint
+    from .run import find_checkpoint, holds_a_run
 
     if config.get("hparams_search"):
         choice = HydraConfig.get().runtime.choices["hparams_search"]
         raise ValueError(f"hparams_search={choice} is a space: run it by spp sweep hparams_search={choice}")
     resolved: Any = OmegaConf.to_container(config, resolve=True)
     ckpt_path = find_checkpoint(config.ckpt_path) if config.ckpt_path else None
+    if not ckpt_path and place().rank == 0 and holds_a_run(folder):
+        raise ValueError(
+            f"hydra.run.dir={folder}: a run lies there; go on with it by ckpt_path={folder}, or name another"
+        )
     if ckpt_path and not config.trust:  # before anything that it names is even imported
         build.refuse_untrusted(resolved, ckpt_path)
         build.refuse_elsewhere(resolved, folder, ckpt_path)
@@ -191,12 +195,20 @@ def prepare(config: DictConfig, folder: Path) -> Prepared:
         trainer.strategy.setup_environment()
         refuse_different(of_all_ranks(identity, folder))
     _ = datamodule.pictures  # a cache that is wanted is made here, before other ranks are started
-    key = build.key_of(asked, datamodule)
-    made = _made_before(folder, key) if saved else []
+    key = _key_of_what_goes_on(folder, saved, resolved) if saved else build.key_of(asked, datamodule)
+    made = _made_before(folder, key) if key and saved else []
     there = _with_scores(folder, made) if config.keep_scores else made
     names = {first.name, *(one["test"] for one in there)}
     left = list({test.name: test for test in tests if test.name not in names}.values())
     return Prepared(folder, config, resolved, ckpt_path, saved, found, classifier, datamodule, trainer, key, left, made)
+
+
+def _key_of_what_goes_on(folder: Path, saved: Saved, resolved: dict[str, Any]) -> str:
+    """The key that the run of `folder` has had; none where it goes on otherwise, and is no run of either setting."""
+    from .differences import deciding
+    from .run import read_key
+
+    return read_key(folder) if deciding(saved.identity["config"]) == deciding(resolved) else ""
 
 
 def _made_before(folder: Path, key: str) -> list[Row]:
@@ -256,10 +268,11 @@ def _show(folder: Path, trainer: Trainer, results: dict[str, Any], config: dict[
     dashboards.end(trainer.loggers, folder, read_history(folder), errors, config, chosen(words))
 
 
-def _write_what_begins(it: Prepared) -> str:
-    """What a run folder has before the first step; gives the key that stands there."""
+def _write_what_begins(it: Prepared) -> None:
+    """What a run folder has before the first step."""
+    from .differences import machine
     from .going_on import OVERRIDES, settings
-    from .run import KEY, environment, read_key
+    from .run import KEY, environment
     from .whole import write_json, write_whole
 
     index, folder = it.datamodule.index, it.folder
@@ -267,17 +280,16 @@ def _write_what_begins(it: Prepared) -> str:
     config = OmegaConf.to_yaml(OmegaConf.create(it.resolved))
     write_whole(folder / "config.yaml", config)
     left_out = {bad.path: bad.reason for bad in index.bad}
-    write_json(folder / "environment.json", {**environment(typed(), config, index.digest), "left_out": left_out})
+    about, device = environment(typed(), config, index.digest), machine(it.trainer)["device"]
+    about |= {"device": about["processor"] if device == "cpu" else device, "left_out": left_out}
+    write_json(folder / "environment.json", about)
     if settings():
         write_whole(folder / OVERRIDES, OmegaConf.to_yaml(OmegaConf.create(settings())))
     parameters = sum(p.numel() for p in it.classifier.net.parameters())
     print(f"{index.describe()}\nnet: {parameters:,} parameters\nrun: {folder}", file=sys.stderr)
-    # What went on otherwise than it began is no run of either setting.
-    key = it.key if not it.saved or read_key(folder) == it.key else ""
-    write_whole(folder / KEY, f"{key}\n")
+    write_whole(folder / KEY, f"{it.key}\n")
     if it.saved:
         _say_what_differs(folder, it.saved, it.differences)
-    return key
 
 
 def _write_what_came_out(

@@ -35,6 +35,9 @@ def test(name: str, error: float) -> dict[str, object]:
 def note(word: str, words: dict[str, str]) -> None:
     line = {"word": word, "time": time.monotonic(), "words": words, "process": os.getpid()}
     line["environment"] = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
+    line["of_ranks"] = sorted(
+        name for name in os.environ if name.startswith(("SLURM_", "RANK", "WORLD_", "LOCAL_R", "MAST"))
+    )
     with open("log.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
 

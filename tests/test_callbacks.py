@@ -184,6 +184,7 @@ def test_timing_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     datamodule = fake(device_step_seconds=0.0)
     trainer = fake(world_size=2, is_global_zero=True, current_epoch=0, datamodule=datamodule)
     module, batch = fake(device=torch.device("cpu")), (torch.empty(8, 3, 32, 32), torch.empty(8))
+    timing.on_train_start(trainer, module)
     for epoch in range(2):
         trainer.current_epoch = epoch
         clock.now += 50  # what lies between two epochs belongs to none
@@ -210,22 +211,43 @@ def test_timing_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         }
 
 
-def test_a_run_that_goes_on_inside_an_epoch_is_timed_from_its_own_start(
+def test_of_a_run_that_goes_on_the_time_counts_that_its_weights_took(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr("spp_cls.callbacks.time.perf_counter", lambda: clock.now)
-    timing = Timing(tmp_path)
-    trainer = fake(world_size=1, is_global_zero=True, current_epoch=3)
     module, batch = fake(device=torch.device("cpu")), (torch.empty(8, 3, 32, 32), torch.empty(8))
-    clock.now = 1000  # reading the pictures, building the net, loading the checkpoint
-    timing.on_train_start(trainer, module)
-    timing.on_train_batch_start(trainer, module, batch, 5)
-    clock.now = 1004
-    timing.on_train_batch_end(trainer, module, None, batch, 5)
-    timing.on_train_epoch_end(trainer, module)
-    (row,) = read(tmp_path / "timing.jsonl")
-    assert (row["images"], row["train_seconds"], row["waiting_for_data"]) == (8, 4.0, 0.0)
+    trainer = fake(world_size=1, is_global_zero=True, current_epoch=2)
+
+    def step(timing: Timing, wait: float, seconds: float) -> None:
+        clock.now += wait
+        timing.on_train_batch_start(trainer, module, batch, 0)
+        clock.now += seconds
+        timing.on_train_batch_end(trainer, module, None, batch, 0)
+
+    first = Timing(tmp_path)
+    first.on_train_start(trainer, module)
+    first.on_train_epoch_start(trainer, module)
+    step(first, 0, 5)
+    first.on_train_epoch_end(trainer, module)
+    trainer.current_epoch = 3
+    first.on_train_epoch_start(trainer, module)
+    step(first, 1, 2)
+    saved = copy.deepcopy(first.state_dict())
+    step(first, 0, 100)  # what comes after the save is lost, with the epoch's row
+    first.on_train_epoch_end(trainer, module)
+
+    clock.now += 1000  # reading the pictures, building the net, loading the checkpoint
+    second = Timing(tmp_path)
+    second.load_state_dict(saved)
+    second.on_train_start(trainer, module)
+    step(second, 3, 4)
+    second.on_train_epoch_end(trainer, module)
+    rows = read(tmp_path / "timing.jsonl")
+    assert [(row["epoch"], row["images"], row["train_seconds"], row["waiting_for_data"]) for row in rows] == [
+        (2, 8, 5.0, 0.0),
+        (3, 16, 10.0, 0.4),
+    ]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -167,6 +167,51 @@ def test_one_that_lacks_a_test_is_gone_on_with_and_not_begun_again() -> None:
     assert "views" in typed and begun() == ["a"]
 
 
+def test_a_run_is_told_the_tests_that_are_wanted_whatever_it_was_begun_with() -> None:
+    run(job("a", "views=ten_crop", "test=false"))
+    Path("runs/t/a/checkpoints").mkdir()
+    Path("runs/t/a/checkpoints/last.ckpt").touch()
+    search = "hydra.searchpath=['file:///mine']"
+    (outcome,) = run(job("a", "seed=0", search, tests=("center_crop@32", "full_image@28"), scores=True))
+    (line,) = log("goes on")
+    wanted = {"test": "true", "tests": "[center_crop@32,full_image@28]", "keep_scores": "true"}
+    assert {**line["words"], **wanted, "hydra.searchpath": "['file:///mine']"} == line["words"]
+    assert "seed" not in line["words"] and outcome.row is None  # of which the stub keeps no scores
+
+
+def test_a_run_that_was_done_by_this_ledger_is_here_to_be_tested() -> None:
+    rows: dict[str, Row] = {}
+    checkpoints = Path("runs/t/a/checkpoints")
+
+    def told(outcome: Outcome, left: int) -> None:
+        if outcome.row is not None:
+            rows[outcome.job.key] = outcome.row
+            checkpoints.mkdir(exist_ok=True)
+            (checkpoints / "last.ckpt").touch()
+
+    more = job("a", tests=("center_crop@32", "ten_crop@32"))
+    outcomes = run_jobs([job("a"), more], ONE, rows, told)
+    assert [one.reason for one in outcomes] == ["", ""]
+    assert (begun(), begun("goes on")) == (["a"], ["a"])
+
+
+def test_results_of_another_run_in_the_folder_are_not_its_own() -> None:
+    run(job("a"))
+    Path("runs/t/a/key").write_text("b\n")  # as if a run of other settings was begun there, and killed
+    assert known_rows() == {}
+    (outcome,) = run(job("b"))
+    assert outcome.row is None and "has ended without the tests" in outcome.reason
+
+
+def test_runs_are_no_ranks_of_who_started_the_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_PROCID", "SLURM_NTASKS", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        monkeypatch.setenv(name, "3")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    run(job("a"))
+    (line,) = log("begins")
+    assert line["of_ranks"] == ["SLURM_JOB_ID"]
+
+
 def test_one_that_lacks_a_test_and_lies_elsewhere_is_not_trained_again() -> None:
     run(job("a"))
     rows = known_rows()

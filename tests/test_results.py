@@ -13,6 +13,7 @@ import spp_train_stub
 
 from spp_cls.results import (
     add_row,
+    errors,
     find_test,
     is_row,
     read_results,
@@ -32,6 +33,18 @@ def test_errors_and_wrong_images_by_hand() -> None:
     assert wrong(found).tolist() == [False, True, False, False, True]
     assert (found["top1_error"], found["top5_error"]) == (pytest.approx(40), 0)
     assert (found["test"], found["images"], found["seconds"]) == ("center_crop@32", 5, 1.2345)
+
+
+def test_errors_against_sorting(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    scores = generator.integers(0, 6, (400, 9)).astype(np.float32)  # with ties
+    scores[generator.random((400, 9)) < 0.05] = np.nan
+    labels = generator.integers(0, 9, 400)
+    best = np.argsort(-scores, axis=1, kind="stable") == labels[:, None]
+    best &= ~np.isnan(scores[np.arange(400), labels])[:, None]  # no number is no answer, wherever it is sorted to
+    found = errors(labels, scores)
+    assert found["top1_error"] == pytest.approx(100 * (1 - best[:, 0].mean()))
+    assert found["top5_error"] == pytest.approx(100 * (1 - best[:, :5].any(1).mean()))
 
 
 def test_of_equal_scores_the_first_class_is_the_answer_and_five_count() -> None:
@@ -102,6 +115,16 @@ def test_the_row_of_a_run_by_hand(tmp_path: Path) -> None:
         "tests": [spp_train_stub.test("a@32", 25)],
         "curve": [[0, 26, 1.2346, 60.0, 70.0], [1, 32, 1.0, 50.0, None]],
     }
+
+
+def test_an_epoch_of_several_sizes_has_none_and_the_device_is_the_one_that_was_used(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    with (folder / "history.jsonl").open("a") as history:
+        history.write('{"epoch": 1, "step": 3, "size": 26, "height": 26, "width": 40, "loss": 1.0}\n')
+    about = json.loads((folder / "environment.json").read_text())
+    (folder / "environment.json").write_text(json.dumps({**about, "device": "p"}))
+    row = row_of(folder)
+    assert row is not None and [size for _, size, *_ in row["curve"]] == [26, None] and row["device"] == "p"
 
 
 @pytest.mark.parametrize("key", ["", None])
