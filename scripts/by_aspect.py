@@ -59,6 +59,8 @@ def main() -> None:
     )
     for least, below in zip(EDGES, EDGES[1:], strict=False):
         here = (ratios >= least) & (ratios < below)
+        if not here.any():
+            continue
         errors = [[100 * float(one[here].mean()) for one in pair] for pair in pairs]
         difference = mean_interval([test - against for test, against in errors])
         name = f"{least} to {below}" if below < math.inf else f"{least} and more"

@@ -19,7 +19,7 @@ from scipy import stats
 
 
 def read(folder: Path, key: str, metric: str) -> dict[str, dict[int, float]]:
-    """Value of `key` → seed → metric, of all finished runs below `folder`."""
+    """Value of `key` → seed → metric, of all finished runs below `folder`; raises ValueError where two are the same."""
     found: dict[str, dict[int, float]] = {}
     for results in sorted(folder.glob("**/results.json")):
         config = results.parent / "config.yaml"
@@ -29,7 +29,12 @@ def read(folder: Path, key: str, metric: str) -> dict[str, dict[int, float]]:
         value = OmegaConf.select(settings, key)
         numbers: dict[str, Any] = json.loads(results.read_text())
         name = json.dumps(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
-        found.setdefault(name, {})[int(settings.seed)] = float(numbers[metric])
+        by_seed = found.setdefault(name, {})
+        if settings.seed in by_seed:
+            raise ValueError(f"{results.parent}: a second run of {key}={name} and seed {settings.seed}; move one away")
+        if metric not in numbers:
+            raise ValueError(f"{results}: has no {metric}; use one of {', '.join(n for n in numbers if '/' in n)}")
+        by_seed[int(settings.seed)] = float(numbers[metric])
     return found
 
 
@@ -46,7 +51,10 @@ def main() -> None:
     parser.add_argument("--metric", default="test/top1_error", help="a name in results.json (default: %(default)s)")
     arguments = parser.parse_args()
 
-    found = read(arguments.folder, arguments.key, arguments.metric)
+    try:
+        found = read(arguments.folder, arguments.key, arguments.metric)
+    except ValueError as error:
+        parser.error(str(error))
     if len(found) < 2:
         parser.error(f"{arguments.folder}: {len(found)} values of {arguments.key} in finished runs; two are compared")
     report: dict[str, Any] = {"metric": arguments.metric, "key": arguments.key, "values": {}, "differences": {}}

@@ -11,6 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
+from filelock import FileLock
+
 from spp_cls.results import read_rows
 from spp_cls.whole import write_whole
 
@@ -23,12 +25,14 @@ def main() -> None:
     missing = [file for file in arguments.files if not file.is_file()]
     if missing:
         parser.error(f"{missing[0]}: there is no such file")
-    before = [arguments.output] if arguments.output.is_file() else []
-    try:
-        rows = read_rows([*before, *arguments.files])
-    except ValueError as error:
-        parser.error(str(error))
-    write_whole(arguments.output, "".join(f"{json.dumps(row)}\n" for row in rows.values()))
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{arguments.output}.lock"):  # a table may be adding to it
+        before = [arguments.output] if arguments.output.is_file() else []
+        try:
+            rows = read_rows([*before, *arguments.files])
+        except ValueError as error:
+            parser.error(str(error))
+        write_whole(arguments.output, "".join(f"{json.dumps(row)}\n" for row in rows.values()))
     print(f"{arguments.output}: {len(rows)} runs, {sum(len(row['tests']) for row in rows.values())} tests")
 
 

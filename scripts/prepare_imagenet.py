@@ -376,8 +376,9 @@ def alone(root: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):  # Windows removes no file that is open
+            lock.unlink()  # as long as it is held: another process may take one that is there
         held.release()
-        lock.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             root.rmdir()
 

@@ -23,7 +23,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -502,8 +501,3 @@ def _leave_nothing(folder: Path) -> None:
         while folder not in (Path.cwd(), *Path.cwd().parents):
             folder.rmdir()
             folder = folder.parent
-
-
-def is_multirun() -> bool:
-    """Whether this run is one of several of a command with -m."""
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .data import MultiSizeDataModule, Views
     from .run import Run
 
+MATRIX = 200  # classes of a confusion matrix that can be read
 Scores = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
@@ -117,7 +119,9 @@ def run(config: DictConfig) -> float:
     mean = np.stack([one.scores for one in tested]).mean(0, dtype=np.float64).astype(np.float32)
     size = tested[0].datamodule.sized(views).size
     name = f"{config.split}_{views.crops}_{size}" + ("_recalibrated" if config.batch_norm != "shared" else "")
-    name += "" if config.ckpt == "last" else f"_{config.ckpt}"
+    weights = tested[0].run.checkpoint.stem
+    name += "" if weights == "last" else f"_{weights}"
+    name += "_" + re.sub(r"[^-\w]+", "-", Path(config.root).name) if config.root else ""
     here = Path(HydraConfig.get().runtime.output_dir) if len(paths) > 1 else tested[0].run.folder / "evaluations" / name
     folder = Path(config.output) if config.output else here
     about = {"split": config.split, "views": views.crops, "size": size, "batch_norm": config.batch_norm}
@@ -171,7 +175,8 @@ def _write(folder: Path, tested: Sequence[Tested], mean: Scores, results: dict[s
     folder.mkdir(parents=True, exist_ok=True)
     _write_csv(folder / "per_class.csv", per_class(matrix, classes))
     _write_csv(folder / "confusion_matrix.csv", confusions)
-    (folder / "confusion_matrix.svg").write_text(draw_confusion_matrix(matrix, classes))
+    if len(classes) <= MATRIX:
+        (folder / "confusion_matrix.svg").write_text(draw_confusion_matrix(matrix, classes))
     np.savez(folder / "scores.npz", paths=paths, labels=labels, scores=mean, classes=np.array(classes))
     runs = {
         "runs": [str(one.run.folder) for one in tested],

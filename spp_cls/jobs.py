@@ -34,6 +34,7 @@ LOCKS = Path("runs", ".jobs")
 COMMAND = (sys.executable, "-m", "spp_cls", "train")
 STOPPED = "stopped: its runs have saved, as far as they had something to save; the same command goes on"
 LOOK = 0.05  # seconds between two looks at the processes
+AGAIN = 1.0  # seconds between two looks at what another process is doing, which go through all run folders
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Outcome:
     reason: str = ""
     was_done: bool = False
     waits: bool = False  # for another process
+    again: float = 0.0  # when to look anew whether that has done it, by the monotonic clock
 
 
 @dataclass
@@ -141,6 +143,8 @@ def places(at_once: int | None, devices: Any, accelerator: str) -> list[dict[str
         raise ValueError(f"at_once={at_once}: use a whole number of runs of at least 1, or null")
     gpus = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 0
     each = int(devices) if str(devices).isdecimal() else max(1, gpus)  # auto takes all
+    if each < 1:
+        raise ValueError(f"trainer.devices={devices}: use a number of devices of at least 1, or auto")
     many = at_once or max(1, gpus // each)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
     found = []
@@ -260,6 +264,8 @@ class Interrupted(Exception):
 def start(outcome: Outcome, slot: int, place: dict[str, str]) -> Running | None:
     """A process that does the job; None where another does it, or has (then `outcome.row` is set), or none can."""
     job = outcome.job
+    if time.monotonic() < outcome.again:
+        return None
     LOCKS.mkdir(parents=True, exist_ok=True)
     lock = FileLock(LOCKS / f"{job.key}.lock")
     try:
@@ -335,6 +341,7 @@ def _has_saved(folder: Path) -> bool:
 
 
 def _say_it_waits(outcome: Outcome) -> None:
+    outcome.again = time.monotonic() + AGAIN
     if not outcome.waits:
         outcome.waits = True
         print(f"{outcome.job.name or outcome.job.key}: another process is doing it; waiting", file=sys.stderr)

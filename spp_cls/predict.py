@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -135,6 +136,8 @@ def run(config: DictConfig) -> None:
         ):
             bad = write(predictions, config.format, file)
     else:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="surrogateescape")  # names of files need be no text
         bad = write(predictions, config.format, sys.stdout)
     if bad:
         raise ValueError(f"{bad} of {len(paths)} pictures could not be read; they are named above")

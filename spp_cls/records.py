@@ -339,6 +339,8 @@ def differing(records: Sequence[Record]) -> dict[str, list[Any]]:
         if len(set(values)) > 1:
             texts[key] = values
     for target in [key for key in texts if key.endswith("._target_")]:
+        if target not in texts:  # it went with that of what it is a part of
+            continue
         for key in [key for key in texts if key.startswith(target[:-8]) and key != target]:
             if len(set(zip(texts[target], texts[key], strict=True))) == len(set(texts[target])):
                 del texts[key]

@@ -38,7 +38,7 @@ from .charts import (
     smooth,
 )
 from .door import names_apart, open_door, quoted, typed
-from .evaluate import confusion_matrix, per_class
+from .evaluate import MATRIX, confusion_matrix, per_class
 from .records import (
     DIVERGED,
     FAILED,
@@ -68,7 +68,6 @@ POINTS = 60_000  # of all curves of a chart
 KEYS, SLICES, SIZES = 8, 12, 6  # settings in the parallel coordinates; slices; groups of training sizes
 TESTS = 8  # columns of the table of runs
 PICTURES, SIDE = 24, 160  # px
-MATRIX = 200  # classes of a confusion matrix that can be read
 
 Row = dict[str, Any]
 
@@ -518,7 +517,7 @@ def what_mattered(differ: Mapping[str, Sequence[Any]], metric: npt.NDArray[np.fl
         correlation = math.nan
         if number > 2 and all(map(_is_number, here)):
             correlation = float(spearmanr(here, y).statistic)
-        if number > max(5, len(y) // 3):
+        if number > max(5, len(y) // 3) or number == len(y):
             explained = correlation**2
         elif number > 1:
             means = np.bincount(groups, y) / np.bincount(groups)

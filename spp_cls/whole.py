@@ -15,8 +15,13 @@ from typing import Any
 def written_whole(path: Path, suffix: str = "") -> Iterator[Path]:
     """A file beside `path`, which becomes `path` when the block has written it, and is removed where that raises.
 
-    Its own name ends with `suffix`, for writers that go by that.
+    Its own name ends with `suffix`, for writers that go by that. What a link points to is written, and the link stays;
+    a device or a pipe is written to as it is.
     """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        yield path
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp{suffix}")
     try:

@@ -231,6 +231,7 @@ def test_pictures_that_have_moved_and_others(spp: Spp, run: Path, second: Path, 
     answer = spp("evaluate", f"run={run}")
     assert answer.code == 2 and f"{tmp_path / 'gone'}: does not exist" in answer.err
     assert spp("evaluate", f"run={run}", f"root={moved}").code == 0
+    assert [path.name for path in (run / "evaluations").iterdir()] == ["test_center_crop_32_moved"]
 
     # Other test pictures cannot be averaged with the first run's.
     (moved / "test" / "a" / "00.jpg").unlink()

@@ -484,6 +484,11 @@ def test_a_number_of_runs_at_once_that_is_none(at_once: Any) -> None:
         places(at_once, 1, "cpu")
 
 
+def test_no_devices_are_none() -> None:
+    with pytest.raises(ValueError, match=r"^trainer.devices=0: use a number of devices of at least 1, or auto$"):
+        places(None, 0, "cpu")
+
+
 def test_runs_of_a_grid_or_table_are_a_group_unless_the_user_has_named_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
     assert in_group([{}, {"A": "1"}], "g") == [{"WANDB_RUN_GROUP": "g"}, {"WANDB_RUN_GROUP": "g", "A": "1"}]

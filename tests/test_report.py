@@ -278,6 +278,9 @@ def test_what_mattered_by_hand(grid: list[Path]) -> None:
     assert math.isnan(found["word"].correlation)
     every = what_mattered({"x": list(range(12))}, np.arange(12.0) ** 3)
     assert every["x"].explained == every["x"].correlation == pytest.approx(1)
+    four = what_mattered({"x": [1, 2, 3, 4], "word": list("abcd")}, np.array([4.0, 3, 2, 1]))  # each a value of its own
+    assert (four["x"].explained, four["x"].correlation) == pytest.approx((1, -1))
+    assert math.isnan(four["word"].explained)
     assert what_mattered({"rate": rates[:3]}, metric[:3]) == what_mattered({"rate": rates}, np.ones(6)) == {}
     assert what_mattered({"rate": rates}, np.array([1, 2, 3, np.nan, np.nan, np.nan])) == {}
 

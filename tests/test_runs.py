@@ -171,6 +171,14 @@ def test_settings_that_differ(tmp_path: Path) -> None:
     assert short_names(["a.lr", "b.lr", "lr.x"]) == {"a.lr": "a.lr", "b.lr": "b.lr", "lr.x": "x"}
 
 
+def test_a_target_goes_with_that_of_what_it_is_a_part_of(tmp_path: Path) -> None:
+    nets = [
+        {"_target_": net, "head": {"_target_": head, "dim": dim}} for net, head, dim in (("A", "f", 1), ("B", "c", 2))
+    ]
+    records = [read_record(write_run(tmp_path / str(i), config_with(model=net))) for i, net in enumerate(nets)]
+    assert differing(records) == {"model._target_": ["A", "B"]}
+
+
 def test_values_as_the_command_line_takes_them() -> None:
     assert [text(value) for value in (None, True, 1e-5, 0.30000000000000004, [6, [1.0, None]], "x")] == [
         *("null", "true", "1e-05", "0.3", "[6,[1,null]]", "x"),

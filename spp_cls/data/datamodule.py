@@ -20,7 +20,6 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .cache import KINDS, choose, make_cache
@@ -486,11 +485,3 @@ class _Asked:
         for asked in self._batches():
             self.waiting.append(asked)
             yield asked
-
-
-def to_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Normalised images (B, 3, H, W) → pixels (B, H, W, 3), for looking at."""
-    mean_, std_ = (images.new_tensor(tuple(v))[:, None, None] for v in (mean, std))
-    pixels = (images * std_ + mean_).round().clamp(0, 255).byte()
-    array: np.ndarray[Any, np.dtype[np.uint8]] = pixels.permute(0, 2, 3, 1).cpu().numpy()
-    return array
