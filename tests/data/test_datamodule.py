@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -458,11 +459,13 @@ def one_by_one(net: SPPNet, datamodule: MultiSizeDataModule, row: int) -> Tensor
         for mirrored, image in enumerate(both(shorter)):
             down, right = image.shape[2] - 32, image.shape[3] - 32
             map = net.backbone(image)
-            for top in {0, round(down / 2), down}:
-                for left in {0, round(right / 2), right}:
-                    rows = slice(*look.window(top, 32, map.shape[2]))
-                    columns = slice(*look.window(right - left if mirrored else left, 32, map.shape[3]))
-                    scores.append(net.head(net.pyramid(map[:, :, rows, columns])).softmax(1)[0])
+            tops, lefts = (0, round(down / 2), down), (0, round(right / 2), right)
+            along = list(zip(tops, lefts, strict=True))  # where one side is a view's: the longer one
+            for top, left in along if shorter == 32 else itertools.product(tops, lefts):
+                rows = slice(*look.window(top, 32, map.shape[2]))
+                columns = slice(*look.window(right - left if mirrored else left, 32, map.shape[3]))
+                scores.append(net.head(net.pyramid(map[:, :, rows, columns])).softmax(1)[0])
+    assert len(scores) == 98
     return torch.stack(scores).mean(0)
 
 
