@@ -312,6 +312,7 @@ def test_a_test_averages_views_and_keeps_the_scores_of_every_row() -> None:
     for row, label, scores in zip(rows.tolist(), labels.tolist(), expected, strict=True):
         assert module.test_scores[row][0] == label
         assert torch.equal(module.test_scores[row][1], scores)  # the bits
+        assert module.test_scores[row][1].untyped_storage().nbytes() == 4 * len(scores)  # alone, and not of its batch
     wrong = (expected.argmax(1) != labels).float().mean()
     assert float(run.callback_metrics["test/top1_error"]) == pytest.approx(100 * float(wrong))
     loss = -expected[range(6), labels].log().mean()
