@@ -98,7 +98,7 @@ def torchvision_net(
         net = torchvision.models.get_model(name, weights=None if from_file else weights)
     except OSError as error:
         raise ValueError(f"model.weights={weights}: cannot be downloaded ({error}); name a file instead") from error
-    if weights is not None and getattr(net, "transform_input", False):
+    if weights is not None and hasattr(net, "transform_input"):  # which its weights of a file do not switch on
         raise ValueError(f"model.weights={weights}: {name} was trained on pixels of another scale; use another net")
     if from_file:
         assert weights is not None

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin
+from urllib.parse import urlparse
 
 import hydra.utils
 import torch
+import torchvision
 from hydra._internal.utils import _locate
 from hydra.errors import InstantiationException
 from lightning import Callback, Trainer, seed_everything
@@ -40,14 +42,25 @@ from .ranks import place
 from .resume import AtomicCheckpointIO, History, ResumePoint
 from .run import CHECKPOINTS, Run, find_checkpoint, run_folder
 
-# What a run folder of somebody else's may build without being trusted in so many words: what is written in these
-# modules. Of torch only what nets and optimizers are made of: torch.hub, for one, runs code from anywhere. Of lightning
-# not its cli, and of spp_cls not the programs, because they build what they are told.
-TRUSTED = (
-    *("spp_cls.models.", "spp_cls.data.", "spp_cls.borrowed.", "spp_cls.classifier.", "spp_cls.schedules."),
-    *("torch.nn.", "torch.optim.", "torchvision.models.", "timm."),
-    *("lightning.pytorch.trainer.", "lightning.pytorch.callbacks.", "lightning.pytorch.loggers."),
+# What a run folder of somebody else's may build without being trusted in so many words: what our own configs name, and
+# nets, optimizers, callbacks and loggers that are classes written in these modules. No function of others, but those
+# that torchvision lists as nets: there are some that run code from anywhere.
+OURS = frozenset(
+    [
+        *("spp_cls.models.sppnet", "spp_cls.borrowed.torchvision_net", "spp_cls.classifier.Classifier"),
+        *("spp_cls.data.MultiSizeDataModule", "spp_cls.data.Views", "spp_cls.data.FullImage"),
+        *(f"spp_cls.data.layouts.{name}" for name in ("folder", "table", "caltech101", "imagenet", "shapes")),
+        *(f"spp_cls.data.sizes.{name}" for name in ("single", "alternating", "uniform", "per_batch", "growing")),
+        *(f"spp_cls.schedules.{name}" for name in ("constant", "step", "plateau", "cosine", "one_cycle")),
+    ]
 )
+OTHERS: dict[type, tuple[str, ...]] = {
+    nn.Module: ("spp_cls.models.", "torch.nn.", "torchvision.models.", "timm."),
+    torch.optim.Optimizer: ("torch.optim.",),
+    Trainer: ("lightning.pytorch.trainer.",),
+    Callback: ("lightning.pytorch.callbacks.",),
+    Logger: ("lightning.pytorch.loggers.",),
+}
 
 
 def instantiate(config: Any, where: str, **arguments: Any) -> Any:
@@ -386,13 +399,26 @@ def build_trainer(config: DictConfig, folder: Path | None) -> Trainer:
     elif not callbacks:
         arguments["enable_progress_bar"] = False
     _check_devices(config)
+    if config.trainer.get("max_steps", -1) != -1:
+        raise ValueError(
+            f"trainer.max_steps={config.trainer.max_steps}: ends inside an epoch, which has one size; use "
+            "trainer.max_epochs, or trainer.limit_train_batches for short epochs"
+        )
     if str(config.trainer.get("precision")) in ("16-true", "bf16-true", "64-true", "64"):
         raise ValueError(
             f"trainer.precision={config.trainer.precision}: order and chance need float32; use 32-true, 16-mixed or "
             "bf16-mixed"
         )
-    trainer: Trainer = instantiate(with_the_ranks_there_are(config.trainer), "trainer", **arguments)
+    settings = with_the_ranks_there_are(config.trainer)
+    if settings.get("deterministic") is True and _takes_mps(settings.get("accelerator")):
+        settings = settings.copy()
+        settings.deterministic = "warn"  # as trainer=mps, which says why
+    trainer: Trainer = instantiate(settings, "trainer", **arguments)
     return trainer
+
+
+def _takes_mps(accelerator: Any) -> bool:
+    return accelerator in ("auto", "gpu", "mps") and not torch.cuda.is_available() and torch.backends.mps.is_available()
 
 
 def with_the_ranks_there_are(config: DictConfig) -> DictConfig:
@@ -470,7 +496,9 @@ def _has_wandb_key() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE"):
         return True
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    return netrc.is_file() and "wandb" in netrc.read_text()
+    known = netrc.read_text(errors="replace") if netrc.is_file() else ""
+    server = urlparse(os.environ.get("WANDB_BASE_URL", "")).hostname  # of one's own, whatever it is called
+    return "wandb" in known or bool(server and server in known)
 
 
 # Runs that are there already
@@ -493,7 +521,7 @@ def load_run(path: str | Path, which: str = "last", trust: bool = False) -> Run:
 
 
 def refuse_untrusted(config: Any, path: Path) -> None:
-    """Raise where `config`, read from `path` and resolved, names a thing to build that was not written in `TRUSTED`."""
+    """Raise where `config`, read from `path` and resolved, names a thing to build that is not trusted."""
     if isinstance(config, str) and "${" in config:  # which would become another thing when it is built
         raise ValueError(f"{path} holds {config!r}, which is worked out only later; add trust=true if you trust it")
     if isinstance(config, dict):
@@ -508,15 +536,22 @@ def refuse_untrusted(config: Any, path: Path) -> None:
 
 
 def _is_trusted(target: Any) -> bool:
-    """By where the thing was written, not by its name alone: spp_cls.build.os.system is os.system."""
-    packages = {module.partition(".")[0] for module in TRUSTED}
-    if not isinstance(target, str) or target.partition(".")[0] not in packages:
+    """By where the class was written, not by its name alone: torch.nn.os.system is os.system."""
+    if not isinstance(target, str) or target in OURS:
+        return isinstance(target, str)
+    packages = {module.partition(".")[0] for modules in OTHERS.values() for module in modules}
+    if target.partition(".")[0] not in packages or any(part.startswith("_") for part in target.split(".")):
         return False  # and is not imported
     try:
         thing = _locate(target)
     except Exception:  # there is nothing of that name
         return False
-    return f"{getattr(thing, '__module__', None)}.".startswith(TRUSTED)
+    written = f"{getattr(thing, '__module__', None)}."
+    if thing in map(torchvision.models.get_model_builder, torchvision.models.list_models(torchvision.models)):
+        return True
+    return isinstance(thing, type) and any(
+        issubclass(thing, kind) and written.startswith(modules) for kind, modules in OTHERS.items()
+    )
 
 
 def load_classifier(checkpoint: Path, trust: bool = False) -> Classifier:
@@ -568,13 +603,18 @@ def refuse_elsewhere(config: dict[str, Any], folder: Path, path: Path) -> None:
     """Raise where callbacks or loggers, named by what was read from `path`, would write outside the run's `folder`."""
     home = folder.resolve()
 
-    def look(value: Any) -> None:
-        if isinstance(value, dict | list):
-            for nested in value.values() if isinstance(value, dict) else value:
-                look(nested)
-        elif isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
-            inside = Path(value).resolve().is_relative_to(home)
-            if not inside:
+    def look(value: Any, key: str = "") -> None:
+        if isinstance(value, dict):
+            for name, nested in value.items():
+                look(nested, str(name))
+        elif isinstance(value, list):
+            for nested in value:
+                look(nested, key)
+        elif isinstance(value, str):
+            there = Path(os.path.expandvars(value)).expanduser()
+            is_folder = key.endswith(("dir", "path", "folder", "root"))  # else only what leads out of where it begins
+            leads_out = there.is_absolute() or ".." in there.parts
+            if (is_folder or leads_out) and not there.resolve().is_relative_to(home):
                 raise ValueError(
                     f"{path} would write to {value}, outside its run folder; add trust=true if you trust it"
                 )

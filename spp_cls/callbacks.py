@@ -95,7 +95,7 @@ def _one_step(trainer: Trainer, module: Any, images: int, shape: tuple[int, int]
     buffers = {name: buffer.clone() for name, buffer in module.net.named_buffers()}
     devices = [module.device] if module.device.type == "cuda" else []
     with torch.random.fork_rng(devices), trainer.precision_plugin.train_step_context():
-        batch = torch.zeros(images, 3, *shape, device=module.device)
+        batch = torch.zeros(images, 3, *shape, device=module.device).contiguous(memory_format=torch.channels_last)
         labels = torch.zeros(images, dtype=torch.int64, device=module.device)
         module.losses(module.net(batch), labels).mean().backward()
     for parameter in module.parameters():
@@ -283,9 +283,10 @@ class Progress(TQDMProgressBar):
         if not trainer.is_global_zero:
             return
         values = trainer.callback_metrics
-        least, most = (which(self._shapes, key=math.prod) for which in (min, max))
-        span = in_px(most) if least == most else f"{in_px(least).removesuffix(' px')} … {in_px(most)}"
-        parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", span]
+        parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"]
+        if self._shapes:  # none where a run goes on from the end of an epoch's validation
+            least, most = (which(self._shapes, key=math.prod) for which in (min, max))
+            parts.append(in_px(most) if least == most else f"{in_px(least).removesuffix(' px')} … {in_px(most)}")
         if "train/loss" in values:
             parts.append(f"loss {float(values['train/loss']):.3f}")
         if "val/top1_error" in values:

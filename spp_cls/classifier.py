@@ -172,6 +172,9 @@ class Classifier(LightningModule):
         elif self.device.type == "mps":
             torch.mps.manual_seed(seed)
 
+    def on_train_epoch_start(self) -> None:
+        self.train_errors.reset()  # of an epoch that trainer.max_time has cut; one that is gone on with begins no epoch
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         logits = self(images)

@@ -124,7 +124,7 @@ def help_on_choices(verb: str) -> str:
 def _help_on_group(group: str, default: str | None = None) -> str:
     lines = [group]
     for path in sorted((conf_folder() / group).glob("*.yaml")):
-        comments = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]
+        comments = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
         about = next((line for line in comments if not line.startswith("@package")), "")
         if path.stem != "base":
             lines.append(f"  {'*' if path.stem == default else ' '} {group}={path.stem:<20} {about}".rstrip())
@@ -142,7 +142,7 @@ def _groups_of(verb: str) -> dict[str, str | None]:
 
 def help_on_settings(verb: str) -> str:
     """The body of conf/<verb>.yaml, comments and all."""
-    text = (conf_folder() / f"{verb}.yaml").read_text()
+    text = (conf_folder() / f"{verb}.yaml").read_text(encoding="utf-8")
     body = text.partition("\n\n")[2].partition("\nhydra:\n")[0].strip()
     return body.replace("$", "$$")  # Hydra fills in what a dollar begins
 
@@ -156,7 +156,7 @@ def open_door(verb: str, program: Program, arguments: list[str]) -> None:
     from .going_on import go_on
 
     register_resolvers()
-    sys.path.insert(0, os.getcwd())
+    sys.path.append(os.getcwd())  # last: a folder of somebody else's may hold a torch.py
     _typed[:] = sys.argv
     program_and_verb = sys.argv[: len(sys.argv) - len(arguments)]
     try:
@@ -214,17 +214,38 @@ def one_line(verb: str, folder: Path) -> Iterator[None]:
         fail(verb, error)
 
 
+def check_number(key: str, value: Any, least: int = 1) -> None:
+    """Refuse what is no whole number of at least `least`; null is the program's own choice."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise ValueError(f"{key}={value}: use a whole number of at least {least}")
+
+
+def check_file(key: str, value: Any) -> None:
+    """Refuse what cannot be a file to write to; null is the program's own choice."""
+    if value is None:
+        return
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{key}={value}: takes a file, like {key}=mine.txt")
+    if Path(value).is_dir():
+        raise ValueError(f"{key}={value}: is a folder; name a file")
+    _check_place(key, value, Path(value).parent, True)
+
+
 def check_folder(key: str, value: Any, to_write: bool = True) -> None:
     """Refuse what cannot be a folder to write to; null is the program's own choice."""
     if value is None:
         return
     if not isinstance(value, str) or not value:
         raise ValueError(f"{key}={value}: takes a folder, like {key}=mine")
-    there = next(path for path in (Path(value), *Path(value).parents, Path()) if path.exists())
+    _check_place(key, value, Path(value), to_write)
+
+
+def _check_place(key: str, value: str, folder: Path, to_write: bool) -> None:
+    there = next(path for path in (folder, *folder.parents, Path()) if path.exists())
     if not there.is_dir():
-        raise ValueError(f"{key}={value}: {there} is a file; name a folder")
+        raise ValueError(f"{key}={value}: {there} is a file; name another place")
     if to_write and not os.access(there, os.W_OK):
-        raise ValueError(f"{key}={value}: {there} cannot be written; name another folder")
+        raise ValueError(f"{key}={value}: {there} cannot be written; name another place")
 
 
 def typed() -> list[str]:
@@ -494,10 +515,13 @@ def dotted(config: Any, prefix: str = "") -> list[str]:
 
 
 def _leave_nothing(folder: Path) -> None:
-    """Remove the folder that Hydra made for a program that wrote nothing into it, and what is empty above."""
+    """Remove the folder that Hydra made for a program that wrote nothing into it, and what is empty above in ours."""
     if HydraConfig.get().output_subdir and [path.name for path in folder.iterdir()] == [".hydra"]:
         shutil.rmtree(folder / ".hydra", ignore_errors=True)
+    ours = [Path.cwd() / name for name in ("runs", "multiruns")]
     with contextlib.suppress(OSError):  # it is not empty
-        while folder not in (Path.cwd(), *Path.cwd().parents):
+        if folder not in (Path.cwd(), *Path.cwd().parents):
             folder.rmdir()
+        while any(folder.parent.is_relative_to(place) for place in ours):
             folder = folder.parent
+            folder.rmdir()

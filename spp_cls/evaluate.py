@@ -14,8 +14,9 @@ import numpy.typing as npt
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from .door import open_door
+from .door import check_folder, open_door
 from .results import errors
+from .whole import write_json, write_whole, written_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -108,6 +109,7 @@ def run(config: DictConfig) -> float:
     paths = [config.run] if isinstance(config.run, str) else list(config.run)
     views = build.instantiate(config.views, "views")
     assert isinstance(views, Views)
+    check_folder("output", config.output)
     if config.batch_norm not in ("shared", "recalibrated"):
         raise ValueError(f"batch_norm={config.batch_norm}: use shared or recalibrated")
     tested: list[Tested] = []
@@ -163,8 +165,6 @@ def _test(run: Run, views: Views, config: DictConfig, first: Tested | None) -> T
 
 def _write(folder: Path, tested: Sequence[Tested], mean: Scores, results: dict[str, Any]) -> None:
     """What `spp evaluate` leaves in `folder`, of class probabilities (n, K) averaged over the runs."""
-    from .whole import write_json
-
     first = tested[0]
     labels, classes = first.labels, first.datamodule.classes
     matrix = confusion_matrix(labels, mean)
@@ -176,8 +176,10 @@ def _write(folder: Path, tested: Sequence[Tested], mean: Scores, results: dict[s
     _write_csv(folder / "per_class.csv", per_class(matrix, classes))
     _write_csv(folder / "confusion_matrix.csv", confusions)
     if len(classes) <= MATRIX:
-        (folder / "confusion_matrix.svg").write_text(draw_confusion_matrix(matrix, classes))
-    np.savez(folder / "scores.npz", paths=paths, labels=labels, scores=mean, classes=np.array(classes))
+        drawn = draw_confusion_matrix(matrix, classes)
+        write_whole(folder / "confusion_matrix.svg", drawn.encode(errors="backslashreplace").decode())
+    with written_whole(folder / "scores.npz", ".npz") as beside:
+        np.savez(beside, paths=paths, labels=labels, scores=mean, classes=np.array(classes))
     runs = {
         "runs": [str(one.run.folder) for one in tested],
         "checkpoints": [one.run.checkpoint.name for one in tested],
@@ -186,7 +188,10 @@ def _write(folder: Path, tested: Sequence[Tested], mean: Scores, results: dict[s
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
+    with (
+        written_whole(path) as beside,
+        beside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,  # names need be no text
+    ):
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from . import __version__
-from .door import open_door
+from .door import check_file, check_number, open_door
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 def about(run: Run, classifier: Classifier, smallest: int, largest: int) -> dict[str, Any]:
     """What the file says of itself: plain data for JSON."""
     known, views = classifier.identity, run.config["views"]
+    results = run.results if run.checkpoint.name == "last.ckpt" else {}  # they are of the last weights
     return {
         "spp_cls": __version__,
         "classes": known["classes"],
@@ -31,7 +32,7 @@ def about(run: Run, classifier: Classifier, smallest: int, largest: int) -> dict
         "views": {"crops": views["crops"], "size": views["size"] or known["region"]},  # how the run was tested
         "smallest_size": smallest,  # px of a side
         "largest_size": largest,
-        "results": {name: value for name, value in run.results.items() if name.startswith(("val/", "test/"))},
+        "results": {name: value for name, value in results.items() if name.startswith(("val/", "test/"))},
     }
 
 
@@ -55,6 +56,9 @@ def run(config: DictConfig) -> None:
     from . import build, portable
 
     portable.check_format(config.format)
+    check_file("output", config.output)
+    check_number("smallest", config.smallest)
+    check_number("largest", config.largest)
     suffix = portable.SUFFIXES[config.format]
     ending = f".{suffix.rpartition('.')[2]}"
     if config.output and not config.output.endswith(ending):

@@ -12,7 +12,8 @@ from yaml import YAMLError
 
 from .door import key_of, names_apart, open_door, quoted
 
-KEPT = ("project", "entity", "group", "job_type", "name", "tags", "notes", "media")
+# What of its place on a dashboard a run keeps. Of the other loggers `name` is a part of a path.
+KEPT = {"WandbLogger": ("project", "entity", "group", "job_type", "name", "tags", "notes", "media")}
 
 
 def run(config: DictConfig) -> None:
@@ -60,7 +61,8 @@ def run_config(folder: Path, config: DictConfig) -> DictConfig:
     path = folder / "config.yaml"
     own = OmegaConf.load(path)
     assert isinstance(own, DictConfig)
-    if "${" in path.read_text():  # spp train writes what all is, not what it is to be worked out from
+    # spp train writes what all is, not what it is to be worked out from.
+    if "${" in path.read_text(encoding="utf-8", errors="replace"):
         raise ValueError(f"{path}: holds ${{…}}, so that it is no config that spp train has written")
     before = own.get("logger") or {}
     own.logger = OmegaConf.to_container(config.logger)
@@ -70,7 +72,8 @@ def run_config(folder: Path, config: DictConfig) -> DictConfig:
             plain = isinstance(value, str | int) or (
                 isinstance(value, ListConfig) and all(isinstance(v, str) for v in value)
             )
-            if key in KEPT and plain and not {key, f"logger.{name}.{key}"} & said:
+            kept = KEPT.get(str(one.get("_target_")).rpartition(".")[2], ("media",))
+            if key in kept and plain and not {key, f"logger.{name}.{key}"} & said:
                 one[key] = value
     for key in ("name", "tags"):
         own[key] = own.get(key) if config[key] is None else config[key]

@@ -81,6 +81,8 @@ def write(net: nn.Module, path: Path, format: str, about: dict[str, Any], tolera
         with _quiet():
             try:
                 _WRITERS[format](trace(FromPixels(net, mean, std).eval(), limits), beside, json.dumps(about))
+            except OSError:  # a full disk, a folder that cannot be written
+                raise
             except Exception as error:  # exporters raise nearly everything, from UserError to AssertionError
                 raise ValueError(f"format={format}: the net has no form for all sizes ({_reason(error)})") from error
             agreement = compare(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from omegaconf import DictConfig
 
-from .door import names_apart, open_door, quoted
+from .door import check_file, check_number, names_apart, open_door, quoted
 from .whole import written_whole
 from .words import printable
 
@@ -59,13 +59,17 @@ def predict(classifier: Classifier, paths: list[Path], views: Views, top: int = 
 
 def pictures(paths: list[str]) -> list[Path]:
     """The files that `paths` name; of a folder all pictures in it and below."""
-    from .data.layouts import SUFFIXES
+    from .data.layouts import SUFFIXES, is_left_behind
 
     found: list[Path] = []
     for given in map(Path, paths):
         if given.is_dir():
             inside = sorted(
-                path for path in given.rglob("*") if path.is_file() and path.name.lower().endswith(SUFFIXES)
+                path
+                for path in given.rglob("*")
+                if path.name.lower().endswith(SUFFIXES)
+                and path.is_file()
+                and not any(map(is_left_behind, path.relative_to(given).parts))
             )
             if not inside:
                 raise ValueError(f"{given}: no pictures in this folder")
@@ -113,6 +117,8 @@ def run(config: DictConfig) -> None:
     from . import build
     from .data import Views
 
+    check_number("top", config.top)
+    check_file("output", config.output)
     if not config.paths:
         raise ValueError("no pictures named; give paths of pictures or folders, like spp predict run=… a.jpg b.png")
     paths = pictures(list(config.paths))

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from .run import CHECKPOINTS, RESULTS, TIMING, device_of, flat, is_held, is_in_training, read_key, started
+from .run import CHECKPOINTS, RESULTS, TIMING, device_of, flat, is_held, is_in_training, read_key, started, walk
 
 FINISHED, TRAINING, UNFINISHED, FAILED, DIVERGED = "finished", "in training", "unfinished", "failed", "diverged"
 PRUNED = "pruned"
@@ -81,15 +81,6 @@ def find_runs(places: Iterable[Path]) -> list[Path]:
             raise ValueError(f"{place}: there is no run in it; spp train makes one")
         found.update(dict.fromkeys(below))
     return list(found)
-
-
-def walk(place: Path) -> Iterator[Path]:
-    """The run folders that `place` is, or that lie below it."""
-    for folder, folders, files in os.walk(place):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if "config.yaml" in files:
-            folders.clear()  # what lies in a run folder is its own
-            yield Path(folder)
 
 
 def read_record(folder: Path) -> Record:
@@ -403,7 +394,9 @@ class Condition:
     def holds(self, record: Record) -> bool:
         """Whether the run meets it; one without the value does not. Raises ValueError for a word beside a number."""
         found = record.value(self.name)
-        if found is None and self.value != "null":
+        if self.value == "null":
+            return bool(_COMPARE[self.operator](text(found), "null")) if self.operator in ("=", "!=") else False
+        if found is None:
             return False
         if self.operator == "~":
             return self.value in text(found)

@@ -37,7 +37,7 @@ from .charts import (
     shade_of,
     smooth,
 )
-from .door import names_apart, open_door, quoted, typed
+from .door import check_file, names_apart, open_door, quoted, typed
 from .evaluate import MATRIX, confusion_matrix, per_class
 from .records import (
     DIVERGED,
@@ -75,7 +75,10 @@ Row = dict[str, Any]
 def run(config: DictConfig) -> None:
     """Everything that `spp report` does with a config."""
     began = time.perf_counter()
-    named = [config.run] if isinstance(config.run, str) else list(config.run)
+    check_file("output", config.output)
+    named = [config.run] if isinstance(config.run, str) else list(config.run or ())
+    if not named:
+        raise ValueError("run: name a run folder, or one with run folders below it")
     records = sorted(map(read_record, find_runs(Path(str(name)) for name in named)), key=lambda each: each.started)
     metric = metric_name(records, config.metric)
     now = datetime.now()
@@ -83,13 +86,8 @@ def run(config: DictConfig) -> None:
     sweep = _sweep_of_all(records)
     own = several if len(records) > 1 and not sweep else (sweep or records[0].folder) / "report.html"
     output = Path(str(config.output)) if config.output else own
-    if output.is_dir():
-        raise ValueError(f"output={output}: is a folder; name a file")
-    try:
-        # A folder's name may hold bytes that are no text.
-        write_whole(output, page(records, metric).encode(errors="backslashreplace").decode())
-    except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"output={output}: a file is where its folder would be; name another") from None
+    # A folder's name may hold bytes that are no text.
+    write_whole(output, page(records, metric).encode(errors="backslashreplace").decode())
     megabytes, seconds = output.stat().st_size / 1e6, time.perf_counter() - began
     runs = "1 run" if len(records) == 1 else f"{len(records)} runs"
     print(f"{printable(str(output))} ({runs}, {megabytes:.1f} MB, {seconds:.1f} s)")

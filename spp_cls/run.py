@@ -120,10 +120,18 @@ def started(folder: Path) -> str:
     return datetime.fromtimestamp(min(times)).isoformat(timespec="seconds") if times else ""
 
 
+def walk(place: Path) -> Iterator[Path]:
+    """The run folders that `place` is, or that lie below it."""
+    for folder, folders, files in os.walk(place):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if "config.yaml" in files:
+            folders.clear()  # what lies in a run folder is its own, like W&B's config.yaml
+            yield Path(folder)
+
+
 def newest_run(runs: Path) -> Path:
     """The run folder below `runs` that was begun last; raises ValueError where it has no checkpoint to go on from."""
-    configs = [path for path in runs.glob("**/config.yaml") if path.parent.name != ".hydra"]
-    folders = sorted((path.parent for path in configs), key=lambda folder: (started(folder), folder.name))
+    folders = sorted(walk(runs), key=lambda folder: (started(folder), folder.name))
     if not folders:
         raise ValueError(f"{runs}: no run there yet; name a run folder or a checkpoint")
     saved = [folder for folder in folders if (folder / CHECKPOINTS / "last.ckpt").is_file()]

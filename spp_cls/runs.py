@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from .door import names_apart, open_door, quoted
+from .door import check_number, names_apart, open_door, quoted
 from .records import (
     FIELDS,
     NONE,
@@ -31,8 +31,8 @@ from .records import (
     sorted_by,
     sweep_of,
     text,
-    walk,
 )
+from .run import walk
 from .words import duration, printable
 
 PLACES = ("runs", "multiruns", "sweeps")
@@ -47,8 +47,9 @@ LEAST = 16  # letters that a column keeps, as long as another can go instead
 
 def run(config: DictConfig) -> None:
     """Everything that `spp runs` does with a config."""
-    if config.limit is not None and config.limit < 1:
-        raise ValueError(f"limit={config.limit}: give a number of runs, from 1 on")
+    check_number("limit", config.limit)
+    if config.columns is not None and not OmegaConf.is_list(config.columns):
+        raise ValueError(f"columns={config.columns}: takes a list, like columns=[{config.columns}]")
     places = [Path(str(place)) for place in config.folders or ()] or [p for p in map(Path, PLACES) if any(walk(p))]
     conditions = parse_filter(str(config.filter)) if config.filter else []
     if not places:

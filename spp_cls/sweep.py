@@ -406,7 +406,7 @@ def _conclude(what: Search, folder: Path, direction: str, words: Sequence[str]) 
     print(f"its run:    {os.path.normpath(folder / best.user_attrs[RUN])}")
     print(f"train with: {command}")
     name = _free_name(folder.name)
-    kept = f"mkdir -p conf/experiment && cp -n {folder}/{BEST} conf/experiment/{name}.yaml"
+    kept = f"mkdir -p conf/experiment && cp -n {_in_shell(f'{folder}/{BEST}')} conf/experiment/{name}.yaml"
     print(f"or keep it: {kept} && spp train experiment={name}")
 
 

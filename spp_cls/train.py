@@ -140,11 +140,15 @@ def run(config: DictConfig) -> float | None:
         _write_what_begins(it)
         try:
             metrics, tested = _train_and_test(it)
-            if not it.trainer.interrupted:
-                _show(it.folder, it.trainer, {**metrics, "tests": tested}, it.resolved)
+            try:
+                if not it.trainer.interrupted:
+                    _show(it.folder, it.trainer, {**metrics, "tests": tested}, it.resolved)
+            except Exception:  # what is the dashboard's trouble shall not cost the results
+                _write_what_came_out(it, metrics, tested)
+                raise
         finally:
             dashboards.close(it.trainer.loggers)
-        return _write_what_came_out(it.folder, it.trainer, metrics, it.config, {"key": it.key, "tests": tested})
+        return _write_what_came_out(it, metrics, tested)
 
 
 def prepare(config: DictConfig, folder: Path) -> Prepared:
@@ -292,29 +296,28 @@ def _write_what_begins(it: Prepared) -> None:
         _say_what_differs(folder, it.saved, it.differences)
 
 
-def _write_what_came_out(
-    folder: Path, trainer: Trainer, metrics: dict[str, float], config: DictConfig, more: dict[str, Any]
-) -> float | None:
+def _write_what_came_out(it: Prepared, metrics: dict[str, float], tested: list[Row]) -> float | None:
     from .differences import decides
     from .going_on import trained_with
     from .run import RESULTS
     from .whole import write_json
 
-    epochs = trainer.fit_loop.epoch_progress.current.completed
-    if "train/loss" not in metrics:
+    epochs = it.trainer.fit_loop.epoch_progress.current.completed
+    if it.saved and it.saved.step == it.trainer.global_step:
         print(
             f"nothing was left to train: {epochs} epochs are done; go further with trainer.max_epochs=…",
             file=sys.stderr,
         )
-    metrics = {**_last_values(folder), **metrics}  # of a validation before this epoch, or before it went on
+    metrics = {**_last_values(it.folder), **metrics}  # of a validation before this epoch, or before it went on
     words = trained_with()
     deciding = [word for word in words if decides(key_of(word))]
-    write_json(folder / RESULTS, {"seed": config.seed, "settings": deciding, "epochs": epochs, **metrics, **more})
-    _say_where(folder, metrics, config)
-    for test in more["tests"][1:]:
+    about = {"seed": it.config.seed, "settings": deciding, "epochs": epochs}
+    write_json(it.folder / RESULTS, {**about, **metrics, "key": it.key, "tests": tested})
+    _say_where(it.folder, metrics, it.config)
+    for test in tested[1:]:
         print(f"test error ({test['test']}): top-1 {test['top1_error']:.2f} %")
-    name = config.optimized_metric
-    if name and name not in metrics and not config.trainer.fast_dev_run:
+    name = it.config.optimized_metric
+    if name and name not in metrics and not it.config.trainer.fast_dev_run:
         if not any(known.startswith("val/") for known in metrics):
             return None  # it ended before the first validation
         raise ValueError(f"optimized_metric={name}: no such metric; there are {', '.join(sorted(metrics))}")

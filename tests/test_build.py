@@ -214,6 +214,10 @@ def test_what_is_ours_is_not() -> None:
         "torch.optim.AdamW",
         "lightning.pytorch.Trainer",
         "torchvision.models.vgg11",
+        "torchvision.models.VGG",
+        "torch.nn.Linear",
+        "lightning.pytorch.callbacks.EarlyStopping",
+        "spp_cls.data.layouts.folder",
     ):
         build.refuse_untrusted({"a": [{"_target_": target}], "b": {"_target": "os.system"}, "c": None}, Path("x"))
 
@@ -227,6 +231,12 @@ def test_nothing_that_is_only_reached_through_a_trusted_package() -> None:
         "spp_cls.build.load_classifier",
         "lightning.pytorch.cli.instantiate_class",
         "torch.nn.nothing",
+        "torch.nn.init.normal_",
+        "spp_cls.classifier.Classifier.load_from_checkpoint",  # which could be told to trust
+        "spp_cls.data.shapes.draw",
+        "torchvision.models._api.WeightsEnum.get_state_dict",  # which unpickles what it downloads
+        "torchvision.models.get_model_weights",
+        "lightning.pytorch.callbacks.callback.Callback.setup",
     ):
         with pytest.raises(ValueError, match="which is not part of spp_cls"):
             build.refuse_untrusted({"_target_": target}, Path("x"))
@@ -400,6 +410,26 @@ def test_kernels_that_are_chosen_by_timing_are_not_exact() -> None:
         build.compile_net(torch.nn.Linear(1, 1), "fast", exact=False)
 
 
+def test_steps_that_would_end_inside_an_epoch_are_refused(tmp_path: Path) -> None:
+    config = OmegaConf.create({"trainer": {"_target_": "lightning.pytorch.Trainer", "max_steps": 5}})
+    with pytest.raises(ValueError, match="^trainer.max_steps=5: ends inside an epoch.*; use trainer.max_epochs"):
+        build.build_trainer(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "here", "kept"), [("auto", True, False), ("cpu", True, True), ("auto", False, True)]
+)
+def test_on_mps_kernels_that_are_not_deterministic_warn(
+    monkeypatch: pytest.MonkeyPatch, accelerator: str, here: bool, kept: bool
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: here)
+    asked: list[Any] = []
+    monkeypatch.setattr(build, "instantiate", lambda config, where, **arguments: asked.append(config.deterministic))
+    build.build_trainer(OmegaConf.create({"trainer": {"accelerator": accelerator, "deterministic": True}}), None)
+    assert asked == [True if kept else "warn"]
+
+
 # What somebody else's run would do
 
 
@@ -422,7 +452,7 @@ def test_what_would_become_another_thing_is_refused(trained: Path, tmp_path: Pat
     assert not ran.exists()
 
 
-def test_nothing_is_written_outside_the_run_folder(tmp_path: Path) -> None:
+def test_nothing_is_written_outside_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     run.mkdir()
 
@@ -430,9 +460,10 @@ def test_nothing_is_written_outside_the_run_folder(tmp_path: Path) -> None:
         return {"callbacks": {"best": {"dirpath": dirpath}}, "logger": {"csv": {"save_dir": str(run)}}, "data": "/data"}
 
     build.refuse_elsewhere(config(str(run / "checkpoints")), run, run)
-    build.refuse_elsewhere(config("checkpoints"), run, run)
     (run / "link").symlink_to(tmp_path)
-    for elsewhere in (str(tmp_path / "other"), "/etc", f"{run}/../other", str(run / "link" / "other")):
+    monkeypatch.setenv("ELSEWHERE", "/etc")
+    outside = (str(tmp_path / "other"), "/etc", f"{run}/../other", str(run / "link" / "other"))
+    for elsewhere in (*outside, "checkpoints", "~/x", "$ELSEWHERE/x"):  # relative to the working folder
         with pytest.raises(ValueError, match="would write to .*, outside its run folder; add trust=true"):
             build.refuse_elsewhere(config(elsewhere), run, run)
 

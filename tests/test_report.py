@@ -326,7 +326,7 @@ def test_five_hundred_runs(spp: Spp, tmp_path: Path) -> None:
             "metric=val/top1_eror: no run has that metric; did you mean val/top1_error?",
         ),
         (["multiruns", "output=empty"], "output=empty: is a folder; name a file"),
-        (["multiruns", "output=file/x.html"], "output=file/x.html: a file is where its folder would be; name another"),
+        (["multiruns", "output=file/x.html"], "output=file/x.html: file is a file; name another place"),
         ([], "run has no value: give one, like run="),
     ],
 )

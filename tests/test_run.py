@@ -72,7 +72,7 @@ def test_the_newest_run_is_the_one_begun_last_whatever_its_name(tmp_path: Path) 
     ):
         newest_run(tmp_path)
     with pytest.raises(ValueError, match="no run there yet"):
-        newest_run(failed)
+        newest_run(failed.parent)
     with pytest.raises(ValueError, match="no run there yet"):
         newest_run(tmp_path / "nope")
 

@@ -360,7 +360,7 @@ def test_what_is_no_number_is_null_in_json(spp: Spp, runs: list[Path]) -> None:
         (["filter=seed<x"], "filter=seed<x: x is no number; several conditions are joined by and"),
         (["sort=sed"], "sort=sed: no run has sed; did you mean seed?"),
         (["columns=[run,sed]"], "columns=sed: no run has sed; did you mean seed?"),
-        (["limit=0"], "limit=0: give a number of runs, from 1 on"),
+        (["limit=0"], "limit=0: use a whole number of at least 1"),
         (["srot=x"], "srot: there is no such key; did you mean sort?"),
     ],
 )

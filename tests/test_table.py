@@ -240,8 +240,8 @@ def test_a_mistake_is_one_line_and_nothing_is_begun(
         ),
         ({"margin": 0}, "margin=0: use percent points above 0, like 0.5"),
         ({"margin": None}, "margin=None: use percent points above 0, like 0.5"),
-        ({"results": "log.txt"}, "results=log.txt: log.txt is a file; name a folder"),
-        ({"output": "log.txt/x"}, "output=log.txt/x: log.txt is a file; name a folder"),
+        ({"results": "log.txt"}, "results=log.txt: log.txt is a file; name another place"),
+        ({"output": "log.txt/x"}, "output=log.txt/x: log.txt is a file; name another place"),
         ({"results": None}, "results=None: takes a folder, like results=mine"),
     ],
     ids=str,
@@ -262,7 +262,7 @@ def test_what_the_tables_own_settings_cannot_be(
 def test_a_folder_that_cannot_be_written_is_named_before_anything_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     own = {"seeds": 1, "most": None, "precision": None, "margin": 1, "rows": None, "columns": None, "run": True}
-    with pytest.raises(ValueError, match="^results=x: . cannot be written; name another folder$"):
+    with pytest.raises(ValueError, match="^results=x: . cannot be written; name another place$"):
         _check(OmegaConf.create({**own, "results": "x", "output": None}))
 
 

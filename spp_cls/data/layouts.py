@@ -233,6 +233,11 @@ class _Found:
         return [os.path.abspath(self.root / folder) for folder in ("", *self.folders)]
 
 
+def is_left_behind(name: str) -> bool:
+    """Whether a file or folder is none of the user's, but hidden, or left behind by a Mac or a NAS."""
+    return name.startswith(".") or name in THUMBNAILS
+
+
 def _scan(root: Path) -> _Found:
     """Everything below `root`; links to folders are followed."""
     _check_folder(root)
@@ -246,7 +251,7 @@ def _scan(root: Path) -> _Found:
             with os.scandir(os.path.join(root, inside)) as entries:
                 for entry in entries:
                     path = inside + entry.name
-                    if entry.name.startswith(".") or entry.name in THUMBNAILS:
+                    if is_left_behind(entry.name):
                         passed_over.append(path)
                     elif entry.is_dir():
                         _check_link(entry)

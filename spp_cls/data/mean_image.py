@@ -35,10 +35,12 @@ def find_mean_image(chosen: str, index: Index, resize: int, region: int) -> Tens
         raise ValueError(f"data.mean_image={chosen!r}: use train, a file, or null")
     if chosen != OF_TRAINING:
         return read_mean_image(Path(chosen))
-    name = f"{index.digest}/{resize}/{region}/{AT_MOST}"
-    kept = cache_folder() / f"mean_{hashlib.sha256(name.encode()).hexdigest()[:20]}.npy"
+    sha = hashlib.sha256(f"{index.digest}/{resize}/{region}/{AT_MOST}".encode())
+    for column in (index.num_bytes, index.mtimes):  # other pictures may have the same names and shapes
+        sha.update(column[index.rows("train")].astype("<i8").tobytes())
+    kept = cache_folder() / f"mean_{sha.hexdigest()[:20]}.npy"
     with alone(kept.with_suffix(".lock"), "the mean image"):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, EOFError):  # the last of an empty file, left by a power cut
             return _as_tensor(np.load(kept, allow_pickle=False), kept)
         mean = mean_of_regions(index, resize, region)
         # A cache that cannot be written costs time, not the run.
@@ -88,7 +90,7 @@ def read_mean_image(path: Path) -> Tensor:
         else:
             with Image.open(path) as image:
                 pixels = np.asarray(image.convert("RGB"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ValueError(
             f"data.mean_image={path}: cannot be read ({' '.join(str(error).split())}); give train, a .npy, or a .png"
         ) from error

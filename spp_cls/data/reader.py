@@ -105,7 +105,7 @@ def read_rgb(
             if known is not None and known != (length, header.width, header.height):
                 raise ValueError(
                     f"has {length} bytes and {header.width}×{header.height} px, and had {known.num_bytes} and "
-                    f"{known.width}×{known.height} when the index was made: start again"
+                    f"{known.width}×{known.height} when the index was made: run spp check, and start again"
                 )
             return image
     except Exception as error:  # Pillow's plugins raise nearly everything, from OSError to struct.error

@@ -57,15 +57,21 @@ def _adaptive_max(input: Tensor, n: int) -> Tensor:
     # on MPS where n does not divide the map (pytorch#190064), and no form that exports with a free size.
     if torch.compiler.is_exporting():
         return _axis_by_axis(input, n, "max")
-    deterministic_cuda = input.is_cuda and torch.are_deterministic_algorithms_enabled()
-    if deterministic_cuda or input.device.type == "mps":
+    if _has_to_be_deterministic(input) or input.device.type == "mps":
         return _gathered_max(input, n)
     return F.adaptive_max_pool2d(input, n)
 
 
 def _adaptive_average(input: Tensor, n: int) -> Tensor:
-    # adaptive_avg_pool2d has Appendix A's bins, but no form that exports with a free size.
-    return _axis_by_axis(input, n, "average") if torch.compiler.is_exporting() else F.adaptive_avg_pool2d(input, n)
+    # adaptive_avg_pool2d has Appendix A's bins, but no form that exports with a free size, and on CUDA no deterministic
+    # backward (torch.use_deterministic_algorithms names it).
+    if torch.compiler.is_exporting() or _has_to_be_deterministic(input):
+        return _axis_by_axis(input, n, "average")
+    return F.adaptive_avg_pool2d(input, n)
+
+
+def _has_to_be_deterministic(input: Tensor) -> bool:
+    return input.is_cuda and torch.are_deterministic_algorithms_enabled()
 
 
 def _gathered_max(input: Tensor, n: int) -> Tensor:

@@ -111,7 +111,7 @@ def _corners(windows: Tensor, n: int, shape: Sequence[int]) -> tuple[Tensor, ...
 def _two_blocks(start: Tensor, stop: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Along one axis, for each bin (N, n): where its first and its last block begin, and their power of two."""
     begin, end = (start[:, None] + edges for edges in _edges(stop - start, n))
-    power = torch.frexp((end - begin).double()).exponent.long() - 1  # floor(log2), exactly
+    power = torch.frexp((end - begin).float()).exponent.long() - 1  # floor(log2), exactly; an MPS device has no double
     return begin, end - 2**power, power
 
 
