@@ -309,6 +309,15 @@ def test_progress_says_from_where_to_where_whole_pictures_go(
     assert line.split("  ")[1] == f"32 … {height}×{width} px" and (32, 32) in shapes
 
 
+def test_an_epoch_of_which_only_the_end_was_left_has_no_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spp_cls.callbacks.TQDMProgressBar.on_train_epoch_end", lambda *_: None)
+    trainer = fake(is_global_zero=True, callback_metrics={"val/top1_error": 25.0}, current_epoch=1, max_epochs=3)
+    Progress(Timing(tmp_path)).on_train_epoch_end(trainer, fake())
+    assert capsys.readouterr().err.startswith("epoch 2/3  val error 25.00 %  ")
+
+
 def test_the_bar_shows_size_loss_speed_and_wait(pictures: Path, tmp_path: Path) -> None:
     timing = Timing(tmp_path)
     progress = Progress(timing)

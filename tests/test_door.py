@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -360,6 +362,35 @@ def test_a_checkpoint_file_by_itself_goes_on_with_the_settings_that_are_given(
     assert answer.code == 0, answer.err
     (run,) = (tmp_path / "runs" / "folder-tiny").iterdir()
     assert [row["step"] for row in history(run) if "size" in row] == [9, 10, 11, 12]
+
+
+def test_best_by_its_path_is_gone_on_from(spp: Spp, copied: Path) -> None:
+    answer = spp("train", f"ckpt_path={copied / 'checkpoints' / 'best.ckpt'}", "trainer.max_epochs=4")
+    assert answer.code == 0, answer.err
+    assert history(copied)[-1]["epoch"] == 3
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(spp: Spp, copied: Path, small: list[str]) -> None:
+    before = results_of(copied)
+    answer = spp("train", *small, f"hydra.run.dir={copied}", "seed=1")
+    assert answer.code == 2 and answer.err.endswith(
+        f"a run lies there; go on with it by ckpt_path={copied}, or name another\n"
+    )
+    assert results_of(copied) == before
+
+
+def test_what_was_empty_before_stays(spp: Spp, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "empty").mkdir(parents=True)
+    assert spp("train", "data=folder", "data.root=nope", "hydra.run.dir=mine/empty/run").code == 2
+    assert list((tmp_path / "mine").rglob("*")) == [tmp_path / "mine" / "empty"]
+
+
+@pytest.mark.slow
+def test_a_module_of_the_working_folder_hides_none_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit(7)")
+    program = Path(sys.executable).with_name("spp")
+    done = subprocess.run([program, "evaluate", "run=nope"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("spp evaluate: nope: "), done.stderr
 
 
 def test_best_is_for_testing(spp: Spp, copied: Path) -> None:

@@ -126,3 +126,17 @@ def test_a_logger_is_as_the_run_had_it_but_where_the_command_line_says_else(
     assert (made[-1].name, list(made[-1].tags)) == ("new-0", [])
     assert spp("log", runs[1], "logger=wandb").code == 0  # of a run that had no such logger
     assert made[-1].name == "folder-tiny-0"
+
+
+def test_of_loggers_that_write_files_a_run_folder_does_not_say_where(
+    spp: Spp, runs: list[Path], tmp_path: Path
+) -> None:
+    good = tmp_path / "good" / "tensorboard"
+    good.mkdir(parents=True)
+    (good / "events.out.tfevents.1").write_text("somebody's")
+    config = yaml.safe_load((runs[0] / "config.yaml").read_text())
+    config["logger"] = {"tensorboard": {"name": str(good.parent), "version": "tensorboard"}}
+    (runs[0] / "config.yaml").write_text(yaml.safe_dump(config))
+    assert spp("log", runs[0], "logger=tensorboard").code == 0
+    assert [path.name for path in good.iterdir()] == ["events.out.tfevents.1"]
+    assert list((runs[0] / "tensorboard").iterdir())

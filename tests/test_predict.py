@@ -123,6 +123,8 @@ def test_the_training_pictures_need_not_be_there(spp: Spp, tmp_path: Path, small
         (["format=xml", "one.jpg"], "format=xml: use table, csv or jsonl"),
         (["device=tpu9", "one.jpg"], "device=tpu9: "),
         (["ckpt=frist", "one.jpg"], "frist.ckpt does not exist"),
+        (["top=0", "one.jpg"], "top=0: use a whole number of at least 1"),
+        (["output=empty", "one.jpg"], "output=empty: is a folder; name a file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -135,6 +137,13 @@ def test_what_cannot_be_is_one_line(
     assert (answer.code, answer.out) == (2, "")
     assert answer.err.count("\n") == 1 and line in answer.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "one.jpg", "run"]
+
+
+def test_what_a_mac_leaves_behind_is_no_picture(tmp_path: Path) -> None:
+    for name in ("a.jpg", "._a.jpg", "__MACOSX/b.jpg", ".hidden/c.jpg", "@eaDir/d.jpg"):
+        (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "p" / name).touch()
+    assert pictures_of([str(tmp_path / "p")]) == [tmp_path / "p" / "a.jpg"]
 
 
 def test_folders_are_searched_below_and_in_order(tmp_path: Path) -> None:

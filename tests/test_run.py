@@ -65,6 +65,11 @@ def test_the_newest_run_is_the_one_begun_last_whatever_its_name(tmp_path: Path) 
     assert newest_run(tmp_path) == tmp_path / "tiny" / "2026-01-03_00-00-00_0000"
     os.utime(of_a_table / "config.yaml", (2e9, 2e9))
     assert newest_run(tmp_path) == of_a_table
+    inside = of_a_table / "wandb" / "run-1" / "files"  # W&B's own
+    inside.mkdir(parents=True)
+    (inside / "config.yaml").touch()
+    os.utime(inside / "config.yaml", (2.1e9, 2.1e9))
+    assert newest_run(tmp_path) == of_a_table
     shutil.rmtree(of_a_table)
     make_run(tmp_path / "tiny" / "2026-01-05_00-00-00_0000")
     with pytest.raises(
