@@ -390,7 +390,7 @@ def test_a_module_of_the_working_folder_hides_none_of_ours(tmp_path: Path) -> No
     (tmp_path / "torch.py").write_text("raise SystemExit(7)")
     program = Path(sys.executable).with_name("spp")
     done = subprocess.run([program, "evaluate", "run=nope"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("spp evaluate: nope: "), done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("spp evaluate: run=nope does not exist"), done.stderr
 
 
 def test_best_is_for_testing(spp: Spp, copied: Path) -> None:
