@@ -1,7 +1,7 @@
 """Where two tests of the same nets differ: their errors by the aspect ratio of the pictures, as CSV.
 
     python scripts/by_aspect.py results/zf5_caltech101.jsonl --test full_image@224 --against center_crop@224 \
-        --settings experiment=table2b_single_size --output docs/results/full_by_aspect.csv data=caltech101
+        --settings experiment=table2b_single_size --output docs/results/full_image_by_aspect.csv data=caltech101
 
 The words at the end are those of `spp train` that say which pictures were tested. A run counts if it was trained with
 all of `--settings` on those pictures; the interval is Student's over the runs, 95 %.
