@@ -26,7 +26,7 @@ from lightning import Callback, Trainer, seed_everything
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import AnyNode, DictConfig, OmegaConf, open_dict
 from torch import nn
 
 from .callbacks import FirstBatch, MemoryProbe, PlannedSize, Progress, SameRun, Timing, Watch
@@ -107,11 +107,12 @@ def _check_arguments(config: Any, where: str, arguments: dict[str, Any]) -> None
         for key in [*given, *arguments]:
             if key not in takes:
                 raise ValueError(f"{where}.{key}: {config['_target_']} has no such argument{nearest(key, takes)}")
-    for key, parameter in takes.items():
-        if key in config and isinstance(config[key], str) and _is_number(parameter.annotation):
-            raise ValueError(f"{where}.{key}={config[key]}: takes a number")
-    for nested in map(str, config):
-        _check_arguments(config._get_node(nested), f"{where}.{nested}", {})
+    for key in map(str, config):
+        node = config._get_node(key)  # what stands there, for ${…} can perhaps not be worked out here
+        word = node._value() if isinstance(node, AnyNode) and not node._is_interpolation() else None
+        if isinstance(word, str) and key in takes and _is_number(takes[key].annotation):
+            raise ValueError(f"{where}.{key}={word}: takes a number")
+        _check_arguments(node, f"{where}.{key}", {})
 
 
 def _signature(target: Any) -> inspect.Signature:

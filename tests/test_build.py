@@ -118,6 +118,8 @@ def test_a_word_is_refused_where_only_a_number_can_be_meant(
     else:
         assert made("abc") == "abc"
     assert made(None) is None and made(2) == 2
+    unknown = {"a": {"_target_": "made_up.takes", "x": "${hydra:nothing}"}}
+    build.check_arguments(OmegaConf.create({"callbacks": unknown}))  # where Hydra does not run
 
 
 def test_a_word_for_a_limit_of_the_trainer_is_named_before_anything_is_made() -> None:
