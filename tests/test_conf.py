@@ -178,7 +178,7 @@ def test_the_other_trainers_change_what_they_say_and_no_more() -> None:
         "default": {},
         "cpu": {"accelerator": "cpu"},
         "gpu": {"accelerator": "gpu", "precision": "bf16-mixed"},
-        "mps": {"accelerator": "mps"},
+        "mps": {"accelerator": "mps", "deterministic": "warn"},
         "ddp": {"strategy": "ddp", "devices": "auto"},
     }
     assert set(changes) == set(FILES["trainer"])
