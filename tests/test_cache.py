@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
 from conftest import Spp
 
 
+@pytest.mark.slow
 def test_caches_are_made_and_listed_the_largest_first(spp: Spp, pictures: Path, tmp_path: Path) -> None:
     assert spp("cache", "list=true", "data.cache_folder=caches").out == "there are no caches\n"
 

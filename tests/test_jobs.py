@@ -32,6 +32,7 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jobs, "COMMAND", STUB)
     monkeypatch.setattr(jobs, "LOOK", 0.02)
+    monkeypatch.setattr(jobs, "AGAIN", 0.05)
 
 
 def job(key: str, *words: str, tests: tuple[str, ...] = ("center_crop@32",), scores: bool = False) -> Job:

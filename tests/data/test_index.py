@@ -953,6 +953,7 @@ def test_many_files_stay_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert make_index(tmp_path, lambda root: listing).widths.tolist() == list(range(300))
 
 
+@pytest.mark.slow
 def test_who_waits_for_another_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     order: list[str] = []
 
