@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from .ranks import without_ranks
 from .results import SCORES, Row, read_results, read_rows, row_of, scores_path, together
-from .run import CHECKPOINTS, KEY, RESULTS, is_in_training, read_key
+from .run import KEY, RESULTS, has_saved, is_in_training, read_key
 
 OUTPUT = "output.txt"  # of a run folder: what its processes printed
 RUNS = (Path("runs"), Path("multiruns"))
@@ -82,7 +82,7 @@ def folders_by_key(places: Iterable[Path] = RUNS) -> dict[str, Path]:
     found: dict[str, tuple[int, str, Path]] = {}
     for place in places:
         for folder in _with_key(place):
-            rank = (0 if (folder / RESULTS).is_file() else 1 if _has_saved(folder) else 2, str(folder), folder)
+            rank = (0 if (folder / RESULTS).is_file() else 1 if has_saved(folder) else 2, str(folder), folder)
             key = read_key(folder)
             found[key] = min(rank, found.get(key, rank))
     found.pop("", None)  # of runs that went on otherwise than they began
@@ -294,7 +294,7 @@ def _begin(outcome: Outcome, place: dict[str, str]) -> subprocess.Popen[bytes] |
     if is_done(job, row, folder):
         outcome.row, outcome.was_done = row, True
         return None
-    if _has_saved(folder):
+    if has_saved(folder):
         words = [f"ckpt_path={_quoted(folder)}", *_words_to_go_on(job)]
     elif (folder / RESULTS).is_file():
         outcome.reason = (
@@ -329,15 +329,11 @@ def _words_to_go_on(job: Job) -> list[str]:
 def _folder_of(job: Job) -> Path:
     """Where the run of `job` lies; else where it is to lie, which is in no folder of another run."""
     there = folders_by_key().get(job.key)
-    if there is not None and ((there / RESULTS).is_file() or _has_saved(there) or is_in_training(there)):
+    if there is not None and ((there / RESULTS).is_file() or has_saved(there) or is_in_training(there)):
         return there
     own = job.folder
     is_of_another = (own / "config.yaml").is_file() and read_key(own) != job.key
     return own.with_name(f"{own.name}_{job.key}") if is_of_another else own
-
-
-def _has_saved(folder: Path) -> bool:
-    return (folder / CHECKPOINTS / "last.ckpt").is_file()
 
 
 def _say_it_waits(outcome: Outcome) -> None:

@@ -126,14 +126,14 @@ def _curve(history: str) -> list[list[Any]]:
         elif step := _STEP.search(line):  # of which there may be a million
             sizes.setdefault(int(step[1]), set()).add(int(step[2]))
     return [
-        [row["epoch"], *_the_one(sizes.get(row["epoch"], set())), *(_short(row.get(name)) for name in CURVE)]
+        [row["epoch"], _the_one(sizes.get(row["epoch"], set())), *(_short(row.get(name)) for name in CURVE)]
         for row in epochs
         if row is not None
     ]
 
 
-def _the_one(sizes: set[int]) -> list[int | None]:
-    return [*sizes] if len(sizes) == 1 else [None]
+def _the_one(sizes: set[int]) -> int | None:
+    return next(iter(sizes)) if len(sizes) == 1 else None
 
 
 def _short(value: float | None) -> float | None:

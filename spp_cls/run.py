@@ -99,15 +99,19 @@ def read_key(folder: Path) -> str:
     return path.read_text(errors="replace").strip() if path.is_file() else ""
 
 
+def has_saved(folder: Path) -> bool:
+    """Whether the run of `folder` can be gone on with."""
+    return (folder / CHECKPOINTS / "last.ckpt").is_file()
+
+
 def holds_a_run(folder: Path) -> bool:
     """Whether there is something in `folder` that a run which begins there would destroy."""
-    return (folder / RESULTS).is_file() or (folder / CHECKPOINTS / "last.ckpt").is_file()
+    return (folder / RESULTS).is_file() or has_saved(folder)
 
 
 def how_to_go_on(folder: Path) -> str:
     """The end of a sentence: how the run of `folder` is gone on with; nothing where it has saved nothing."""
-    saved = (folder / CHECKPOINTS / "last.ckpt").is_file()
-    return f"; go on with spp train ckpt_path={folder}" if saved else ""
+    return f"; go on with spp train ckpt_path={folder}" if has_saved(folder) else ""
 
 
 def started(folder: Path) -> str:
@@ -134,7 +138,7 @@ def newest_run(runs: Path) -> Path:
     folders = sorted(walk(runs), key=lambda folder: (started(folder), folder.name))
     if not folders:
         raise ValueError(f"{runs}: no run there yet; name a run folder or a checkpoint")
-    saved = [folder for folder in folders if (folder / CHECKPOINTS / "last.ckpt").is_file()]
+    saved = [folder for folder in folders if has_saved(folder)]
     if folders[-1] not in saved:
         instead = f", like {saved[-1]}" if saved else ""
         raise ValueError(f"ckpt_path=last: the newest run, {folders[-1]}, has saved no checkpoint; name one{instead}")
