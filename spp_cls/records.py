@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from .run import CHECKPOINTS, RESULTS, TIMING, device_of, flat, is_held, is_in_training, read_key, started, walk
+from .run import RESULTS, TIMING, device_of, flat, has_saved, is_held, is_in_training, read_key, started, walk
 
 FINISHED, TRAINING, UNFINISHED, FAILED, DIVERGED = "finished", "in training", "unfinished", "failed", "diverged"
 PRUNED = "pruned"
@@ -212,7 +212,7 @@ def _state(folder: Path, has_ended: bool) -> tuple[str, str]:
         why = _last_words(folder)
     if DIVERGED in why:
         return DIVERGED, why
-    can_go_on = (folder / CHECKPOINTS / "last.ckpt").is_file()
+    can_go_on = has_saved(folder)
     return UNFINISHED if can_go_on and event != "a rank ended" else FAILED, why or (
         "" if can_go_on else "saved nothing"
     )
