@@ -192,6 +192,19 @@ def test_full_images_at_their_own_shape_by_hand(spp: Spp, run: Path, pictures: P
     assert np.allclose(file["scores"], torch.stack(by_hand), atol=1e-5)
 
 
+@pytest.mark.slow
+def test_eight_crops_and_two_full_views_by_hand(spp: Spp, run: Path, pictures: Path) -> None:
+    assert spp("evaluate", f"run={run}", "views=eight_crop_full").code == 0
+    _, file = read(run / "evaluations" / "test_eight_crop_full_32")
+    net = build.load_classifier(run / "checkpoints" / "last.ckpt").net
+    for path, scores in zip(file["paths"], file["scores"], strict=True):
+        whole = resized(pictures / str(path))
+        bottom, right = whole.shape[1] - 32, whole.shape[2] - 32
+        views = [whole[:, y : y + 32, x : x + 32] for y in (0, bottom) for x in (0, right)] + [whole]
+        by_hand = [softmax_of(net, view) for each in views for view in (each, each.flip(2))]
+        assert np.allclose(scores, torch.stack(by_hand).mean(0), atol=1e-5)
+
+
 def test_another_checkpoint_split_and_size(spp: Spp, run: Path, tmp_path: Path) -> None:
     assert spp("evaluate", f"run={run}", "ckpt=best", "split=val").code == 0
     found, file = read(run / "evaluations" / "val_center_crop_32_best")

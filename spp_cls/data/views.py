@@ -30,10 +30,15 @@ def centre(height: int, width: int, size: int) -> list[tuple[int, int]]:
     return [(round((height - size) / 2), round((width - size) / 2))]
 
 
-def five(height: int, width: int, size: int) -> list[tuple[int, int]]:
-    """Centre and corners of the whole picture, though they may be the same (He et al. 2014, §3.1.1)."""
+def four(height: int, width: int, size: int) -> list[tuple[int, int]]:
+    """The corners of the whole picture, though they may be the same."""
     bottom, right = height - size, width - size
-    return [*centre(height, width, size), (0, 0), (0, right), (bottom, 0), (bottom, right)]
+    return [(0, 0), (0, right), (bottom, 0), (bottom, right)]
+
+
+def five(height: int, width: int, size: int) -> list[tuple[int, int]]:
+    """Centre and corners of the whole picture (He et al. 2014, §3.1.1)."""
+    return [*centre(height, width, size), *four(height, width, size)]
 
 
 def nine(height: int, width: int, size: int) -> list[tuple[int, int]]:
@@ -109,6 +114,7 @@ PROTOCOLS: dict[str, tuple[Pass, ...]] = {
     "center_crop": (Pass(centre),),
     "ten_crop": (Pass(five, mirrored=True),),
     "full_image": (Pass(None),),
+    "eight_crop_full": (Pass(four, mirrored=True), FULL_VIEWS),
     "ten_crop_maps": (Pass(five, mirrored=True, on_maps=True),),
     "multi_scale": SIX_SCALES,
     "multi_scale_full": (*SIX_SCALES, FULL_VIEWS),

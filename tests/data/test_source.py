@@ -254,7 +254,9 @@ def test_views_batches_hold_every_row_once_a_pass(index: Index, crops: str, batc
     assert [turn for turn, _ in batches] == sorted(turn for turn, _ in batches)  # pass after pass
 
 
-@pytest.mark.parametrize("crops", ["full_image", "ten_crop_maps", "multi_scale_full", "multi_scale_pixels"])
+@pytest.mark.parametrize(
+    "crops", ["full_image", "eight_crop_full", "ten_crop_maps", "multi_scale_full", "multi_scale_pixels"]
+)
 def test_views_batches_have_one_shape(several: Index, crops: str) -> None:
     source = ViewsSource(several, Views(crops, 32), 36, 32)
     rows = several.rows("train")

@@ -64,6 +64,15 @@ def test_ten_crop_of_a_picture_of_that_size_is_itself_and_its_mirror() -> None:
     assert torch.equal(cut("ten_crop", picture), torch.stack([picture] * 5 + [picture.flip(2)] * 5))
 
 
+def test_eight_crops_and_two_full_views_are_the_ten_crops_with_the_picture_for_its_centre() -> None:
+    picture = image(20, 31)
+    corners, full = PROTOCOLS["eight_crop_full"]
+    ten = cut("ten_crop", picture)
+    assert torch.equal(corners.images(picture, 16), torch.cat([ten[1:5], ten[6:]]))
+    assert torch.equal(full.images(picture, 16), torch.stack([picture, picture.flip(2)]))
+    assert corners.shorter_side(16, 20, 16) == full.shorter_side(16, 20, 16) == 20
+
+
 def test_full_image_is_the_whole_image() -> None:
     picture = image(17, 31)
     assert torch.equal(cut("full_image", picture), picture[None])
@@ -74,6 +83,7 @@ def test_the_numbers_of_views_are_the_papers() -> None:
         "center_crop": 1,
         "ten_crop": 10,
         "full_image": 1,
+        "eight_crop_full": 10,
         "ten_crop_maps": 10,
         "multi_scale": 96,
         "multi_scale_full": 98,
