@@ -24,9 +24,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from .door import check_number, quoted
 from .ranks import without_ranks
 from .results import SCORES, Row, read_results, read_rows, row_of, scores_path, together
-from .run import KEY, RESULTS, has_saved, is_in_training, read_key
+from .run import KEY, RESULTS, has_saved, is_in_training, read_key, walk
 
 OUTPUT = "output.txt"  # of a run folder: what its processes printed
 RUNS = (Path("runs"), Path("multiruns"))
@@ -81,20 +82,12 @@ def folders_by_key(places: Iterable[Path] = RUNS) -> dict[str, Path]:
     """Key → run folder, finished ones first, then those that can be gone on with; of several the one begun first."""
     found: dict[str, tuple[int, str, Path]] = {}
     for place in places:
-        for folder in _with_key(place):
+        for folder in walk(place, KEY):
             rank = (0 if (folder / RESULTS).is_file() else 1 if has_saved(folder) else 2, str(folder), folder)
             key = read_key(folder)
             found[key] = min(rank, found.get(key, rank))
     found.pop("", None)  # of runs that went on otherwise than they began
     return {key: folder for key, (_, _, folder) in found.items()}
-
-
-def _with_key(place: Path) -> Iterator[Path]:
-    """The run folders below `place` that have a key; what lies in one, checkpoints and pictures, is not looked at."""
-    for folder, folders, files in os.walk(place):
-        if KEY in files:
-            folders.clear()
-            yield Path(folder)
 
 
 def known_rows(results: Iterable[Path] = (Path("results"),), places: Iterable[Path] = RUNS) -> dict[str, Row]:
@@ -139,8 +132,7 @@ def places(at_once: int | None, devices: Any, accelerator: str) -> list[dict[str
     """
     import torch
 
-    if at_once is not None and (isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1):
-        raise ValueError(f"at_once={at_once}: use a whole number of runs of at least 1, or null")
+    check_number("at_once", at_once)
     gpus = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 0
     each = int(devices) if str(devices).isdecimal() else max(1, gpus)  # auto takes all
     if each < 1:
@@ -231,10 +223,7 @@ def run_jobs(
                 has_looked = True
                 time.sleep(LOOK)
         except BaseException:
-            while alive := [each for each in running if each.process.poll() is None]:
-                for each in alive:
-                    pass_on(each, max(1, len(asked)))
-                time.sleep(LOOK)
+            stop(running, asked)
             raise
     return outcomes
 
@@ -251,6 +240,14 @@ def pass_on(running: Running, signals: int) -> None:
     if running.signals < signals:
         running.signals = signals
         send(running.process, signal.SIGTERM if signals == 1 else signal.SIGKILL)
+
+
+def stop(running: Iterable[Running], asked: Sequence[int]) -> None:
+    """Have runs save and end, and wait for it; a second one of the signals `asked`, which grows meanwhile, kills."""
+    while alive := [each for each in running if each.process.poll() is None]:
+        for each in alive:
+            pass_on(each, max(1, len(asked)))
+        time.sleep(LOOK)
 
 
 class Interrupted(Exception):
@@ -295,7 +292,7 @@ def _begin(outcome: Outcome, place: dict[str, str]) -> subprocess.Popen[bytes] |
         outcome.row, outcome.was_done = row, True
         return None
     if has_saved(folder):
-        words = [f"ckpt_path={_quoted(folder)}", *_words_to_go_on(job)]
+        words = [f"ckpt_path={quoted(folder)}", *_words_to_go_on(job)]
     elif (folder / RESULTS).is_file():
         outcome.reason = (
             f"{folder} has ended without the tests {', '.join(lacks(job, row) or job.tests)}, and has no "
@@ -305,7 +302,7 @@ def _begin(outcome: Outcome, place: dict[str, str]) -> subprocess.Popen[bytes] |
     else:
         if read_key(folder) == job.key:
             shutil.rmtree(folder)  # what a run left that had not saved yet
-        words = [*job.settings, f"hydra.run.dir={_quoted(folder)}"]
+        words = [*job.settings, f"hydra.run.dir={quoted(folder)}"]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / OUTPUT).open("ab") as output:
         return subprocess.Popen(
@@ -341,12 +338,6 @@ def _say_it_waits(outcome: Outcome) -> None:
     if not outcome.waits:
         outcome.waits = True
         print(f"{outcome.job.name or outcome.job.key}: another process is doing it; waiting", file=sys.stderr)
-
-
-def _quoted(folder: Path) -> str:
-    from .door import quoted
-
-    return quoted(folder)
 
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None

@@ -124,11 +124,11 @@ def started(folder: Path) -> str:
     return datetime.fromtimestamp(min(times)).isoformat(timespec="seconds") if times else ""
 
 
-def walk(place: Path) -> Iterator[Path]:
-    """The run folders that `place` is, or that lie below it."""
+def walk(place: Path, marked: str = "config.yaml") -> Iterator[Path]:
+    """The run folders that `place` is, or that lie below it, of those that have the file `marked`."""
     for folder, folders, files in os.walk(place):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if "config.yaml" in files:
+        if marked in files:
             folders.clear()  # what lies in a run folder is its own, like W&B's config.yaml
             yield Path(folder)
 

@@ -469,10 +469,7 @@ def search(
                 look(held)
                 time.sleep(jobs.LOOK)
         except BaseException:
-            while alive := [one.process for one in held if one.process and one.process.process.poll() is None]:
-                for process in alive:
-                    jobs.pass_on(process, max(1, len(asked)))
-                time.sleep(jobs.LOOK)
+            jobs.stop([attempt.process for attempt in held if attempt.process], asked)
             raise
         finally:
             for attempt in held:

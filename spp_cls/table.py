@@ -14,7 +14,7 @@ from zipfile import BadZipFile
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from .door import check_folder, conf_folder, fail, key_of, names_apart, open_door, searched
+from .door import check_folder, check_number, conf_folder, fail, key_of, names_apart, open_door, searched
 
 if TYPE_CHECKING:
     from .jobs import Job
@@ -92,10 +92,10 @@ def run(config: DictConfig) -> None:
 
 def _check(config: DictConfig) -> None:
     """Raise ValueError where a setting of the table's own is wrong."""
-    for key, least in (("seeds", 1), ("most", max(2, config.seeds if _is_number(config.seeds) else 2))):
-        value = config[key]
-        if (value is not None or key == "seeds") and (not _is_number(value) or value < least or value != int(value)):
-            raise ValueError(f"{key}={value}: use a whole number of at least {least}")
+    if config.seeds is None:
+        raise ValueError("seeds=None: use a whole number of at least 1")
+    check_number("seeds", config.seeds)
+    check_number("most", config.most, max(2, config.seeds))
     for key in ("precision", "margin"):
         value = config[key]
         if (value is not None or key == "margin") and not (_is_number(value) and 0 < value < 100):

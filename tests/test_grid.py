@@ -81,7 +81,7 @@ def test_a_signal_ends_it_with_its_code_and_one_line(grid: Callable[..., Any], m
     ("words", "line"),
     [
         (["seed=1,2", "data.root=/nope"], "/nope: does not exist; wanted is a folder of pictures"),
-        (["seed=1,2", "hydra.launcher.at_once=0"], "at_once=0: use a whole number of runs of at least 1, or null"),
+        (["seed=1,2", "hydra.launcher.at_once=0"], "at_once=0: use a whole number of at least 1"),
         (["seed=1,2", "trust=true", "resume=auto"], "resume=auto with -m: the runs of a grid go on by themselves"),
     ],
 )
