@@ -35,7 +35,7 @@ from .dashboards import OPTIONS, Options, media, wandb_id
 from .data import MultiSizeDataModule, Views
 from .data.mean_image import digest as mean_digest
 from .differences import CHANGES, REFUSED, Difference, deciding, differences, machine, run_key
-from .door import check, compose, dotted, nearest, own_conf
+from .door import check, check_number, compose, dotted, nearest, own_conf
 from .jobs import Job
 from .models.initialise import weights_file
 from .ranks import place
@@ -141,6 +141,14 @@ def check_arguments(config: DictConfig) -> None:
             _check_arguments(one, f"{group}.{name}", {})
 
 
+def check_run(config: DictConfig) -> None:
+    """Refuse what can be known to be wrong of a run by its config alone, before its pictures are looked for."""
+    check_arguments(config)
+    _check_trainer(config)
+    _optimizer(config)
+    ResumePoint(Path(), **config.get("checkpoint", {}))
+
+
 METRICS = ("loss", "top1_error", "top5_error")
 
 
@@ -200,7 +208,7 @@ def build_classifier(
         "classifier",
         class_weights=class_weights,
         net=build_net(config, len(classes)),
-        optimizer=instantiate(config.optimizer, "optimizer"),
+        optimizer=_optimizer(config),
         schedule=instantiate(config.schedule, "schedule"),
         val_sizes=identity["val_sizes"],
         identity=identity,
@@ -208,6 +216,18 @@ def build_classifier(
     if config.compile:
         compile_net(classifier.net, config.compile_mode, bool(config.trainer.deterministic))
     return classifier
+
+
+def _optimizer(config: DictConfig) -> Any:
+    """What makes the optimizer of parameters; raises ValueError where it would refuse its settings then."""
+    make = instantiate(config.optimizer, "optimizer")
+    try:
+        make([nn.Parameter(torch.zeros(2, 2))])
+    except ValueError as error:
+        raise ValueError(f"optimizer: {error}") from None
+    except Exception:  # one of the user's own may want other parameters; those of the net will say so
+        pass
+    return make
 
 
 COMPILE_MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -399,17 +419,7 @@ def build_trainer(config: DictConfig, folder: Path | None) -> Trainer:
         arguments["default_root_dir"] = str(folder)
     elif not callbacks:
         arguments["enable_progress_bar"] = False
-    _check_devices(config)
-    if config.trainer.get("max_steps", -1) != -1:
-        raise ValueError(
-            f"trainer.max_steps={config.trainer.max_steps}: ends inside an epoch, which has one size; use "
-            "trainer.max_epochs, or trainer.limit_train_batches for short epochs"
-        )
-    if str(config.trainer.get("precision")) in ("16-true", "bf16-true", "64-true", "64"):
-        raise ValueError(
-            f"trainer.precision={config.trainer.precision}: order and chance need float32; use 32-true, 16-mixed or "
-            "bf16-mixed"
-        )
+    _check_trainer(config)
     settings = with_the_ranks_there_are(config.trainer)
     if settings.get("deterministic") is True and _takes_mps(settings.get("accelerator")):
         settings = settings.copy()
@@ -452,8 +462,38 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=r".*sync_dist=True")  # the errors are summed over the ranks already
 
 
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "32", "16", "bf16", "transformer-engine")
+
+
+def _check_trainer(config: DictConfig) -> None:
+    """Refuse what Lightning would take and do another thing with, or name nothing of."""
+    _check_devices(config)
+    trainer = config.trainer
+    if trainer.get("max_steps", -1) != -1:
+        raise ValueError(
+            f"trainer.max_steps={trainer.max_steps}: ends inside an epoch, which has one size; use "
+            "trainer.max_epochs, or trainer.limit_train_batches for short epochs"
+        )
+    precision = trainer.get("precision")
+    if str(precision).endswith("-true") and str(precision) != "32-true" or str(precision) == "64":
+        raise ValueError(
+            f"trainer.precision={precision}: order and chance need float32; use 32-true, 16-mixed or bf16-mixed"
+        )
+    if precision is not None and str(precision) not in PRECISIONS:
+        raise ValueError(f"trainer.precision={precision}: use one of {', '.join(PRECISIONS)}")
+    clip = trainer.get("gradient_clip_val")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"trainer.gradient_clip_val={clip}: use a number above 0, or null for no clipping")
+    if trainer.get("limit_train_batches") == 0:
+        raise ValueError("trainer.limit_train_batches=0: trains nothing; a run that is there is tested by spp evaluate")
+    check_number("trainer.accumulate_grad_batches", trainer.get("accumulate_grad_batches"))
+
+
 def _check_devices(config: DictConfig) -> None:
-    accelerator = config.trainer.get("accelerator")
+    accelerator, devices = config.trainer.get("accelerator"), config.trainer.get("devices")
+    there = torch.cuda.device_count() if accelerator in ("gpu", "cuda") else 0
+    if there and str(devices).isdecimal() and int(devices) > there:
+        raise ValueError(f"trainer.devices={devices}: {there} GPUs are to be seen here; use at most as many, or auto")
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ValueError(f"trainer.accelerator={accelerator}: no GPU is to be seen here; use trainer=cpu")
     if accelerator == "mps" and not torch.backends.mps.is_available():

@@ -112,20 +112,28 @@ def _duplicates(index: Index) -> dict[str, Any]:
 def text(found: dict[str, Any]) -> str:
     """A report for people: every bad file, and of all other lists the first names."""
     pictures, bad, duplicates = found["pictures"], found["bad"], found["duplicates"]
-    lines = [
-        found["root"],
-        _line("pictures", f"{pictures:,} of {len(found['classes']):,} classes, {_bytes(found['bytes'])}"),
-        _line("splits", ", ".join(f"{split} {number:,}" for split, number in found["splits"].items())),
-    ]
-    if pictures:
+    if "no_data_set" in found:  # what files there are is true; classes and parts are not
+        lines = [
+            found["root"],
+            _line("no data set", found["no_data_set"]),
+            _line("pictures", f"{pictures:,}, {_bytes(found['bytes'])}"),
+        ]
+    else:
+        lines = [
+            found["root"],
+            _line("pictures", f"{pictures:,} of {len(found['classes']):,} classes, {_bytes(found['bytes'])}"),
+            _line("splits", ", ".join(f"{split} {number:,}" for split, number in found["splits"].items())),
+        ]
+    if pictures and "no_data_set" not in found:
         numbers = {name: counts["train"] for name, counts in found["classes"].items()}
         least, most = min(numbers, key=lambda name: numbers[name]), max(numbers, key=lambda name: numbers[name])
         balance = f"{numbers[least]:,} ({least}) to {numbers[most]:,} ({most}) training pictures a class"
         if numbers[least] == numbers[most]:
             balance = f"{numbers[least]:,} training pictures each"
+        lines.append(_line("classes", balance))
+    if pictures:
         turned = pictures - found["exif_orientations"].get("1", 0)
         lines += [
-            _line("classes", balance),
             _line("kinds", ", ".join(f"{kind} {number:,}" for kind, number in found["kinds"].items())),
             _line(
                 "EXIF", f"{_share(turned, pictures)} are turned by it; sizes are upright" if turned else "turns none"
@@ -159,8 +167,6 @@ def text(found: dict[str, Any]) -> str:
         passed = found["passed_over"]
         lines.append(_line("passed over", f"{len(passed):,}, by their names no pictures: {_first(passed)}"))
     lines += [_line("note", note) for note in found["notes"]]
-    if "no_data_set" in found:
-        lines.append(_line("no data set", found["no_data_set"]))
     lines.append(_line("bad", f"{_share(len(bad), len(bad) + pictures)} of the files" if bad else "none"))
     lines += [f"  {each['path']}: {each['reason']}" for each in bad]
     return "\n".join(map(printable, lines)) + "\n"

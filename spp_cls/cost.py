@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +81,19 @@ def cost(net: nn.Module, shape: tuple[int, int]) -> Cost:
         activation_bytes=activations // batch,
         weight_bytes=sum(p.numel() * p.element_size() for p in net.parameters()),
     )
+
+
+def check_shapes(net: nn.Module, wanted: Iterable[tuple[str, tuple[int, int]]]) -> None:
+    """Raise ValueError, with what wants it, where `net` does not take a shape; one that cannot be counted passes."""
+    first: dict[tuple[int, int], str] = {}
+    for what, shape in wanted:
+        first.setdefault(shape, what)
+    with contextlib.suppress(NotImplementedError):
+        for shape, what in first.items():
+            try:
+                cost(net, shape)
+            except ValueError as error:
+                raise ValueError(f"{what}: {error}") from error
 
 
 def in_px(shape: tuple[int, int]) -> str:

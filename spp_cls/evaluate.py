@@ -141,6 +141,7 @@ def run(config: DictConfig) -> float:
 def _test(run: Run, views: Views, config: DictConfig, first: Tested | None) -> Tested:
     """The test of one run; raises ValueError where its pictures are not those of the `first` one."""
     from . import build
+    from .cost import check_shapes
     from .recalibrate import recalibrate
 
     classifier = build.load_classifier(run.checkpoint, config.trust)
@@ -150,14 +151,15 @@ def _test(run: Run, views: Views, config: DictConfig, first: Tested | None) -> T
         datamodule.batch_size = config.batch_size
     if config.num_workers is not None:
         datamodule.num_workers = config.num_workers
+    size = datamodule.sized(views).size
+    assert size is not None
+    check_shapes(classifier.net, [("views.size", (size, size))])
     if first is not None and not same_pictures(first.datamodule, datamodule, config.split):
         raise ValueError(f"run={run.folder}: its {config.split} pictures are not those of {first.run.folder}")
     assert datamodule.index is not None
     if not len(datamodule.index.rows(config.split)):
         raise ValueError(f"split={config.split}: {datamodule.root} has no such pictures")
     if config.batch_norm == "recalibrated":
-        size = datamodule.sized(views).size
-        assert size is not None
         recalibrate(classifier.net, datamodule, size, config.recalibration_images)
     trainer = build.build_trainer(config, None)
     return Tested(run, datamodule, *evaluate(classifier, datamodule, trainer, views, config.split))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from .door import open_door
+from .words import operations
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -75,7 +76,7 @@ def plan(
     flops = {shape: c.training_flops for shape, c in costs.items()}
     less = saved(images, flops) if batches.cut is None else 0
     note = f", {less:.0%} less than all at {in_px(every[-1])}" if less > 0 else ""
-    lines.append(f"{whole(images, flops) / 1e15:.3f} PFLOP in all{note}")
+    lines.append(f"{operations(whole(images, flops))} in all{note}")
     free, gpu = available_memory(), gpu_memory(accelerator)
     if gpu:
         name, total = gpu

@@ -68,7 +68,7 @@ def pictures(paths: list[str]) -> list[Path]:
                 path
                 for path in given.rglob("*")
                 if path.name.lower().endswith(SUFFIXES)
-                and path.is_file()
+                and (path.is_file() or (path.is_symlink() and not path.exists()))  # a broken link is named when read
                 and not any(map(is_left_behind, path.relative_to(given).parts))
             )
             if not inside:
@@ -115,6 +115,7 @@ def run(config: DictConfig) -> None:
     import torch
 
     from . import build
+    from .cost import check_shapes
     from .data import Views
 
     check_number("top", config.top)
@@ -125,8 +126,10 @@ def run(config: DictConfig) -> None:
     views = build.instantiate(config.views, "views")
     run = build.load_run(config.run, config.ckpt, config.trust)
     classifier = build.load_classifier(run.checkpoint, config.trust)
-    views = Views(views.crops, views.size or classifier.identity["region"])
+    size = views.size or classifier.identity["region"]
+    views = Views(views.crops, size)
     views.check(classifier.net)
+    check_shapes(classifier.net, [("views.size", (size, size))])
     if config.device == "auto":
         classifier.to("cuda" if torch.cuda.is_available() else "cpu")
     else:

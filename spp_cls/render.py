@@ -79,9 +79,10 @@ def as_csv(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-    """One or two `table` environments for booktabs; letters beyond Latin need XeLaTeX or LuaLaTeX."""
-    caption = f"\\caption{{{_latex(table.title)}. {_latex(' '.join([table.about, *_legend(table), *table.notes]))}}}"
-    parts = ["% \\usepackage{booktabs}", "\\begin{table}", "\\centering", caption]
+    """One or two `table` environments for booktabs, notes as comments; letters beyond Latin need XeLaTeX, LuaLaTeX."""
+    caption = f"\\caption{{{_latex(table.title)}. {_latex(' '.join([table.about, *_legend(table)]))}}}"
+    notes = [f"% {' '.join(note.split())}" for note in table.notes]
+    parts = ["% \\usepackage{booktabs}", *notes, "\\begin{table}", "\\centering", caption]
     if not _is_empty(table):
         width = 2 if _has_paper(table) else 1
         parts.append(f"\\begin{{tabular}}{{l{'r' * (width * len(table.columns))}}}")

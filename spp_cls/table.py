@@ -14,7 +14,7 @@ from zipfile import BadZipFile
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from .door import check_folder, check_number, conf_folder, fail, key_of, names_apart, open_door, searched
+from .door import check_folder, check_number, choices_of, conf_folder, fail, key_of, names_apart, open_door, searched
 
 if TYPE_CHECKING:
     from .jobs import Job
@@ -84,6 +84,11 @@ def run(config: DictConfig) -> None:
         if not config.run or config.precision is None:
             break
         if not intervals.more_seeds(tables.widths(found), seeds, config.seeds, config.most, config.precision):
+            if intervals.more_seeds(tables.widths(found), seeds, config.seeds, config.most + 1, config.precision):
+                print(
+                    f"most={config.most}: reached before every difference was known to ± {config.precision:g} points",
+                    file=sys.stderr,
+                )
             break
         seeds += 1
     print((output / "table.md").read_text(encoding="utf-8"))
@@ -110,7 +115,7 @@ def _check(config: DictConfig) -> None:
         raise ValueError("precision and most go together: until known to ± precision, but with no more than most seeds")
     for key, example in (("rows", "[b,c]"), ("columns", "[zf5]")):
         if config[key] is not None and (not OmegaConf.is_list(config[key]) or not config[key]):
-            raise ValueError(f"{key}={config[key]}: takes a list, like {key}={example}, or null for all")
+            raise ValueError(f"{key}={config[key]}: takes a list of one or more, like {key}={example}, or null for all")
     if config.results is None:
         raise ValueError("results=None: takes a folder, like results=mine")
     check_folder("results", config.results, config.run)
@@ -133,6 +138,7 @@ def _plans(spec: Spec, words: list[str], search: list[str], same_compute: bool) 
         row, column = cell
         every = list(last_wins([*settings, *words, f"tests=[{','.join(tests)}]"]))
         composed = build.composed([*every, *search])
+        build.check_run(composed)
         flops = training_flops(composed, tests)
         first = next((plan.flops for (_, of), plan in plans.items() if of == column), flops)
         if same_compute and flops < first:
@@ -171,6 +177,10 @@ def _refuse_what_the_table_sets(spec: Spec, words: list[str]) -> None:
 
     for part in (Part(spec.title, spec.settings), *spec.rows.values(), *spec.columns.values()):
         for setting in part.settings:
+            if key_of(setting) in SETS:
+                raise ValueError(
+                    f"table: {setting}, of {part.name}: the table sets {key_of(setting)} of each run itself"
+                )
             for key, below in _set_by(setting):
                 word = next((typed[one] for one in typed if one == key or (below and one.startswith(f"{key}."))), None)
                 if word is not None:
@@ -218,7 +228,7 @@ def training_flops(config: DictConfig, tests: Sequence[str] = ()) -> float:
     import torch
 
     from . import build
-    from .cost import cost
+    from .cost import check_shapes, cost
     from .plan import images_at
     from .verdict import whole
 
@@ -231,19 +241,16 @@ def training_flops(config: DictConfig, tests: Sequence[str] = ()) -> float:
     images = images_at(datamodule, datamodule.planned_shapes(epochs))
     with torch.device("meta"):
         net = build.build_net(config, len(datamodule.classes))
+    sizes = [("data.val_sizes", size) for size in datamodule.val_sizes]
+    for test in build.tests_of(tests, datamodule.region):
+        sizes.append((test.name, test.views.size or datamodule.region))
+        try:
+            test.views.check(net)
+        except ValueError as error:
+            said = str(error).replace("use views=ten_crop", "leave out its row")
+            raise ValueError(f"{test.name}: {said}") from None
+    check_shapes(net, ((what, (size, size)) for what, size in sizes))
     try:
-        for test in build.tests_of(tests, datamodule.region):
-            try:
-                test.views.check(net)
-                cost(net, (test.views.size or datamodule.region,) * 2)
-            except ValueError as error:
-                said = str(error).replace("use views=ten_crop", "leave out its row")
-                raise ValueError(f"{test.name}: {said}") from None
-        for size in datamodule.val_sizes:
-            try:
-                cost(net, (size, size))
-            except ValueError as error:
-                raise ValueError(f"data.val_sizes: {error}") from None
         return float(whole(images, {shape: cost(net, shape).training_flops for shape in images}))
     except NotImplementedError:
         return 0.0
@@ -253,7 +260,7 @@ def _say(
     spec: Spec, in_turn: list[Job], rows: Mapping[str, Row], plans: Mapping[tuple[str, str], Plan], wanted: Jobs
 ) -> None:
     """What is to be done, and what it costs by what has been done."""
-    from .words import duration
+    from .words import duration, operations
 
     cell_of = {job.key: cell for cell, by_seed in wanted.items() for job in by_seed.values()}
     from .jobs import folders_by_key, is_done
@@ -268,7 +275,7 @@ def _say(
     to_test = len(undone) - len(left)
     said += f", {to_test} trained and to be tested further" if to_test else ""
     if left:
-        said += f"; {work / 1e15:.3f} PFLOP to train"
+        said += f"; {operations(work)} to train"
         if cost and seconds:
             said += f", about {duration(seconds * work / cost)} at the pace of those that are done"
     print(said, file=sys.stderr)
@@ -350,6 +357,8 @@ def _write(spec: Spec, runs: Any, plans: Any, config: DictConfig, words: list[st
     drawn = tables.figures(spec, runs, names, level)
     costs = tables.costs(spec, runs, {cell: plan.flops for cell, plan in plans.items()}, level)
     costs += tables.costs_of_tests(spec, runs, names, level)
+    for old in [path for form in _FORMS for path in output.glob(form)]:
+        old.unlink()  # of a table of other metrics or sizes
     text = "\n".join(f"{render.markdown(table)}\n" for table in (*found, *sized, *costs))
     write_whole(output / "table.md", text)
     for table, metric in zip(found, spec.metrics, strict=True):
@@ -365,6 +374,11 @@ def _write(spec: Spec, runs: Any, plans: Any, config: DictConfig, words: list[st
     )
     write_whole(output / "index.html", render.html(page))
     return found
+
+
+_FORMS = ("top?_error.csv", "top?_error.tex", "test_sizes*.csv") + tuple(
+    f"{figure}.{form}" for figure in ("errors", "sizes*", "learning*") for form in ("svg", "pdf")
+)  # what `_write` leaves besides table.md and index.html
 
 
 def _names(spec: Spec, plans: Mapping[tuple[str, str], Plan]) -> dict[tuple[str, str], tuple[str, ...]]:
@@ -423,6 +437,9 @@ def main(arguments: list[str] | None = None) -> None:
             "table",
             f"{' '.join(named)}: one table at a time; rows and columns of it are chosen by rows=[…] columns=[…]",
         )
+    if not named and not any(word.startswith(("table=", "-")) for word in others):
+        known = ", ".join(dict.fromkeys(path.stem for path in choices_of("table")))
+        fail("table", f"name a table, like spp table table2; there are {known}")
     if {"-m", "--multirun"} & set(others):
         fail("table", "-m: a table is a grid already; choose of it by rows=[…] columns=[…] seeds=…")
     open_door("table", run, [*others, *(f"table={name}" for name in named)])

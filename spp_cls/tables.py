@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from .data.views import PROTOCOLS
 from .intervals import Estimate, conclusion, mean_interval, over_images, paired, paired_over_images
 from .results import Row, find_test, wrong
 from .tabular import Cell, Curve, Difference, Figure, Table
@@ -76,9 +77,11 @@ def spec_of(name: str, config: Mapping[str, Any]) -> Spec:
     for key in KINDS:
         if not isinstance(config[key], Mapping):
             raise ValueError(f"table.{key}={config[key]}: give each an id, like {{b: {{name: …, settings: […]}}}}")
-    parts = {key: {str(id_): _part(key, str(id_), one) for id_, one in config[key].items()} for key in KINDS}
+    for tested in parts_of(str(config["test"])):
+        _check_test("table.test", tested)
+    parts = {key: {str(id_): _part(key, id_, one) for id_, one in config[key].items()} for key in KINDS}
     for pair in config.get("compare") or ():
-        if isinstance(pair, str) or len(pair) != 2:
+        if isinstance(pair, str) or len(pair) != 2 or pair[0] == pair[1]:
             raise ValueError(f"table.compare: {pair}: a comparison is of a row and its baseline, like [b, a]")
     spec = Spec(
         name,
@@ -89,7 +92,7 @@ def spec_of(name: str, config: Mapping[str, Any]) -> Spec:
         str(config["test"]),
         tuple((str(row), str(baseline)) for row, baseline in config.get("compare") or ()),
         tuple(config.get("metrics") or ("top1_error",)),
-        config.get("paper") or {},
+        _paper_of(config.get("paper") or {}),
         tuple(config.get("sizes") or ()),
         tuple(config.get("settings") or ()),
     )
@@ -125,10 +128,14 @@ _LISTS = {
 }
 
 
-def _check_paper(spec: Spec) -> None:
+def _paper_of(config: Any) -> dict[str, dict[str, Any]]:
     like = "{top1_error: {a: [35.99]}}"
-    if not isinstance(spec.paper, Mapping) or not all(isinstance(each, Mapping) for each in spec.paper.values()):
-        raise ValueError(f"table.paper={spec.paper}: give numbers by metric, row and column, like {like}")
+    if not isinstance(config, Mapping) or not all(isinstance(each, Mapping) for each in config.values()):
+        raise ValueError(f"table.paper={config}: give numbers by metric, row and column, like {like}")
+    return {metric: {str(row): numbers for row, numbers in by_row.items()} for metric, by_row in config.items()}
+
+
+def _check_paper(spec: Spec) -> None:
     for metric, by_row in spec.paper.items():
         for row, numbers in by_row.items():
             is_list = isinstance(numbers, list) and all(
@@ -139,7 +146,10 @@ def _check_paper(spec: Spec) -> None:
                 raise ValueError(f"table.paper.{metric}.{row}={numbers}: give {there}")
 
 
-def _part(kind: str, id_: str, config: Any) -> Part:
+def _part(kind: str, id_: Any, config: Any) -> Part:
+    for what in (id_, config.get("name") if isinstance(config, Mapping) else None):
+        if isinstance(what, bool):
+            raise ValueError(f"table.{kind}.{id_}: YAML takes no, yes, on and off for false and true; put it in quotes")
     if not isinstance(config, Mapping):
         raise ValueError(
             f"table.{kind}.{id_}={config}: give name and settings, like {{name: …, settings: [model=zf5]}}"
@@ -152,17 +162,26 @@ def _part(kind: str, id_: str, config: Any) -> Part:
             raise ValueError(f"table.{kind}.{id_}.{key}={config[key]}: takes a list, like {_LISTS[key]}")
     settings, average = (tuple(map(str, config.get(key) or ())) for key in ("settings", "average"))
     test = config.get("test")
+    for tested in () if test is None else parts_of(str(test)):
+        _check_test(f"table.{kind}.{id_}.test", tested)
     return Part(str(config.get("name", id_)), settings, None if test is None else str(test), average)
 
 
-def chosen(spec: Spec, rows: Sequence[str] | None, columns: Sequence[str] | None) -> Spec:
+def _check_test(where: str, test: str) -> None:
+    crops = test.rpartition("/")[2].partition("@")[0]
+    if crops not in PROTOCOLS:
+        raise ValueError(f"{where}={test}: there are no such views; use {', '.join(PROTOCOLS)}")
+
+
+def chosen(spec: Spec, rows: Sequence[Any] | None, columns: Sequence[Any] | None) -> Spec:
     """The table with these rows and columns alone; None keeps all. Raises ValueError where one is not in it."""
     parts: dict[str, Mapping[str, Part]] = {}
-    for kind, wanted, there in (("rows", rows, spec.rows), ("columns", columns, spec.columns)):
-        for one in wanted or ():
+    for kind, typed, there in (("rows", rows, spec.rows), ("columns", columns, spec.columns)):
+        wanted = [*there] if typed is None else [str(one) for one in typed]  # an id may be a number
+        for one in wanted:
             if one not in there:
                 raise ValueError(f"{kind}=[{one}]: {spec.name} has {', '.join(there)}")
-        parts[kind] = {id_: part for id_, part in there.items() if wanted is None or id_ in wanted}
+        parts[kind] = {id_: part for id_, part in there.items() if id_ in wanted}
     for id_, part in parts["rows"].items():
         left_out = [member for member in part.average if member not in parts["rows"]]
         if left_out:

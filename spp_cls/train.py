@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 from collections.abc import Sequence
@@ -81,7 +80,7 @@ def test(
 
 def check(net: nn.Module, datamodule: MultiSizeDataModule, trainer: Trainer, tests: Sequence[Test] = ()) -> None:
     """Refuse, before anything is written, a batch that does not divide and sizes that region or net do not take."""
-    from .cost import cost
+    from .cost import check_shapes
 
     datamodule.trainer = trainer
     plan, limit = datamodule.plan, trainer.limit_train_batches
@@ -102,10 +101,10 @@ def check(net: nn.Module, datamodule: MultiSizeDataModule, trainer: Trainer, tes
     shapes = sorted({shape for in_epoch in planned.values() for shape in in_epoch}, key=math.prod)
     for test in tests:
         test.views.check(net)
-    sizes = [*datamodule.val_sizes, *(test.views.size or datamodule.region for test in tests)]
-    with contextlib.suppress(NotImplementedError):
-        for shape in dict.fromkeys((shapes[0], shapes[-1], *((size, size) for size in sizes))):
-            cost(net, shape)
+    sizes = [("data.val_sizes", size) for size in datamodule.val_sizes]
+    sizes += [(test.name, test.views.size or datamodule.region) for test in tests]
+    trained = [("sizes", shapes[0]), ("sizes", shapes[-1])]
+    check_shapes(net, [*trained, *((what, (size, size)) for what, size in sizes)])
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ def prepare(config: DictConfig, folder: Path) -> Prepared:
         build.refuse_elsewhere(resolved, folder, ckpt_path)
     asked = config
     config = OmegaConf.create(resolved)  # what was looked at, and no interpolation that may yet give another thing
-    build.check_arguments(config)
+    build.check_run(config)
     if config.optimized_metric:
         build.check_metric("optimized_metric", str(config.optimized_metric), config)
     if config.resume not in (None, "auto"):

@@ -10,6 +10,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
+def operations(number: float) -> str:
+    """Operations for people: 0.607 PFLOP, 3.2 TFLOP."""
+    return f"{number / 1e15:.3f} PFLOP" if number >= 1e14 else f"{number / 1e12:.3g} TFLOP"
+
+
 def printable(line: str) -> str:
     """`line` for a terminal: names and settings of others may hold line breaks, escapes, and bytes that are no text."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)

@@ -419,6 +419,28 @@ def test_steps_that_would_end_inside_an_epoch_are_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"precision": "foo"}, "trainer.precision=foo: use one of 32-true, 16-mixed, bf16-mixed, "),
+        ({"precision": 64}, "trainer.precision=64: order and chance need float32; use 32-true, "),
+        ({"gradient_clip_val": -1}, "trainer.gradient_clip_val=-1: use a number above 0, or null for no clipping"),
+        ({"gradient_clip_val": 0}, "trainer.gradient_clip_val=0: use a number above 0"),
+        ({"limit_train_batches": 0}, "trainer.limit_train_batches=0: trains nothing; "),
+        ({"accumulate_grad_batches": 0}, "trainer.accumulate_grad_batches=0: use a whole number of at least 1"),
+        ({"accelerator": "gpu", "devices": 9}, "trainer.devices=9: 2 GPUs are to be seen here; use at most as many"),
+    ],
+    ids=str,
+)
+def test_what_lightning_would_take_for_another_thing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, settings: dict[str, Any], line: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError) as caught:
+        build.build_trainer(OmegaConf.create({"trainer": settings}), tmp_path)
+    assert str(caught.value).startswith(line)
+
+
+@pytest.mark.parametrize(
     ("accelerator", "here", "kept"), [("auto", True, False), ("cpu", True, True), ("auto", False, True)]
 )
 def test_on_mps_kernels_that_are_not_deterministic_warn(

@@ -339,7 +339,8 @@ def test_what_is_no_data_set_is_looked_at_all_the_same(spp: Spp, tmp_path: Path)
     answer = spp("check", tmp_path / "p")
     assert answer.code == 1
     assert f"no data set   {tmp_path / 'p' / 'b'}: no pictures in this class folder; fill or remove it" in answer.out
-    assert "a/1.png: is empty (0 bytes)" in answer.out and "pictures      1 of 1 classes" in answer.out
+    assert "a/1.png: is empty (0 bytes)" in answer.out and "pictures      1, " in answer.out
+    assert "splits" not in answer.out and "classes " not in answer.out  # which would be guesses
     assert spp("check", tmp_path / "nowhere").code == 2
     assert spp("check", "") == (2, "", "spp check: the folder's name is empty: name a folder\n")
 

@@ -273,6 +273,7 @@ def test_pictures_that_have_moved_and_others(spp: Spp, run: Path, second: Path, 
         (["split=tset"], "split='tset': "),
         (["ckpt=first"], "first.ckpt does not exist; the run has saved no 'first' checkpoint"),
         (["views=nine_crop"], "views=nine_crop: there is no views of that name; did you mean ten_crop?"),
+        (["views=eight_crop_full", "views.size=3"], "views.size: the net does not take images of 3 px"),
         (["data.region=224"], "data.region: there is no such key"),  # the run's own is used
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -188,6 +188,23 @@ def test_intervals_of_differences_cover_nought(seeds: int, of_seeds: float, of_b
 
 
 @pytest.mark.parametrize(
+    ("seeds", "of_seeds", "of_both"), [(2, 0.05, 1.0), (2, 0.3, 0.5), (2, 0.5, 0.3), (3, 0.3, 0.5)]
+)
+def test_intervals_of_few_seeds_cover_and_are_never_narrower_than_over_seeds_alone(
+    seeds: int, of_seeds: float, of_both: float
+) -> None:
+    generator, hits = np.random.default_rng(3), 0
+    truth = 100 * stats.norm.cdf(-0.7 / math.sqrt(1 + of_seeds**2 + of_both**2))
+    for _ in range(500):
+        wrong = generator.normal(size=300) + of_seeds * generator.normal(size=(seeds, 1))
+        wrong = wrong + of_both * generator.normal(size=(seeds, 300)) < -0.7
+        found, over_seeds = over_images(wrong), mean_interval((100 * wrong.mean(1)).tolist())
+        assert found.low <= max(0.0, over_seeds.low) + 1e-9 and found.high >= min(100.0, over_seeds.high) - 1e-9
+        hits += found.low <= truth <= found.high
+    assert 0.925 <= hits / 500 <= 0.99
+
+
+@pytest.mark.parametrize(
     "wrong", [np.zeros((2, 3)), np.zeros(3, np.bool_), np.zeros((0, 3), np.bool_), np.zeros((2, 0), np.bool_)]
 )
 def test_what_is_no_table_of_answers_is_refused(wrong: npt.NDArray[np.bool_]) -> None:

@@ -80,7 +80,7 @@ def test_costs_are_those_of_the_net(spp: Spp, small: list[str]) -> None:
         assert float(row[3]) == pytest.approx(each.training_flops / 1e9, abs=5e-4)
         assert float(row[4]) == pytest.approx(each.training_bytes(8) / 1e9, abs=5e-3)
     small_, large = (each.training_flops for each in costs)
-    saved = re.search(r"PFLOP in all, (\d+)% less than all at 32 px", answer.out)
+    saved = re.search(r"[PT]FLOP in all, (\d+)% less than all at 32 px", answer.out)
     assert saved and int(saved[1]) == round(100 * (1 - (small_ + large) / (2 * large)))
 
 

@@ -114,6 +114,12 @@ def test_the_training_pictures_need_not_be_there(spp: Spp, tmp_path: Path, small
     assert not root.exists()
 
 
+def test_a_broken_link_in_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").symlink_to("nowhere.jpg")
+    (tmp_path / "b.txt").symlink_to("nowhere.jpg")
+    assert pictures_of([str(tmp_path)]) == [tmp_path / "a.jpg"]
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -125,6 +131,7 @@ def test_the_training_pictures_need_not_be_there(spp: Spp, tmp_path: Path, small
         (["ckpt=frist", "one.jpg"], "frist.ckpt does not exist"),
         (["top=0", "one.jpg"], "top=0: use a whole number of at least 1"),
         (["output=empty", "one.jpg"], "output=empty: is a folder; name a file"),
+        (["views.size=2", "one.jpg"], "views.size: the net does not take images of 2 px"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -109,12 +109,12 @@ def test_csv() -> None:
 def test_latex() -> None:
     assert (
         latex(SMALL) == r"""% \usepackage{booktabs}
+% Of 50 % of the images.
 \begin{table}
 \centering
 \caption{Table 2. Ten views. Ours: mean over n seeds $\pm$ half of its 95 \% interval (Student's t, over seeds """
         r"""alone). In brackets: 95 \% interval over seeds and test images, for other images of the same kind would """
-        r"""have been easier or harder. Differences are in points, over pairs of runs of one seed. """
-        r"""Of 50 \% of the images.}
+        r"""have been easier or harder. Differences are in points, over pairs of runs of one seed.}
 \begin{tabular}{lrrrr}
 \toprule
 \% & \multicolumn{2}{c}{ZF-5} & \multicolumn{2}{c}{Convnet*-5} \\

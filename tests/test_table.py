@@ -206,6 +206,9 @@ def test_runs_that_fail_are_said_and_the_table_is_of_the_others(table: Callable[
         (["seed=3"], "seed=3: the table sets seed of each run itself; the number of seeds is seeds=5"),
         (["trainer.max_epochs=-1"], "trainer.max_epochs=-1: a table compares runs of a number of epochs, at least 1"),
         (["data.root=/nope"], "/nope: does not exist; wanted is a folder of pictures"),
+        (["optimizer.lr=-1"], "optimizer: Invalid learning rate: -1"),
+        (["trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val=-1: use a number above 0, or null for no clip"),
+        (["checkpoint.every_minutes=-3"], "checkpoint.every_minutes=-3: use a number, or null"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -221,8 +224,8 @@ def test_a_mistake_is_one_line_and_nothing_is_begun(
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"rows": "b"}, "rows=b: takes a list, like rows=[b,c], or null for all"),
-        ({"columns": []}, "columns=[]: takes a list, like columns=[zf5], or null for all"),
+        ({"rows": "b"}, "rows=b: takes a list of one or more, like rows=[b,c], or null for all"),
+        ({"columns": []}, "columns=[]: takes a list of one or more, like columns=[zf5], or null for all"),
         ({"seeds": None}, "seeds=None: use a whole number of at least 1"),
         ({"seeds": True}, "seeds=True: use a whole number of at least 1"),
         ({"seeds": 2.5}, "seeds=2.5: use a whole number of at least 1"),
@@ -283,6 +286,40 @@ def test_a_size_that_a_net_does_not_take_is_named_before_anything_is_begun(
         "what sets them apart\n"
     )
     assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_what_the_table_sets_is_no_setting_of_a_row_either(table: Callable[..., Answer], tmp_path: Path) -> None:
+    path = tmp_path / "conf" / "table" / "mine.yaml"
+    path.write_text(TABLE.replace("[experiment=table2a_no_spp]", "[experiment=table2a_no_spp, seed=4]"))
+    line = "spp table: table: seed=4, of no SPP: the table sets seed of each run itself\n"
+    assert table() == (2, "", line)
+
+
+@pytest.mark.slow
+def test_rows_may_be_called_by_numbers_and_old_files_go(table: Callable[..., Answer], tmp_path: Path) -> None:
+    path, output = tmp_path / "conf" / "table" / "mine.yaml", tmp_path / "tables" / "mine"
+    assert table("seeds=1").code == 0
+    (output / "notes.csv").touch()
+    assert {"sizes.svg", "test_sizes.csv"} < {path.name for path in output.iterdir()}
+    text = TABLE.replace("  a:", "  1:").replace("  b:", "  2:").replace("[[b, a]]", "[[2, 1]]")
+    path.write_text(text.replace("sizes: [28]\n", ""))
+    answer = table("seeds=1", "rows=[2]", "run=false")
+    assert answer.code == 0 and "SPP" in answer.out and "no SPP" not in answer.out
+    left = {path.name for path in output.iterdir()}
+    assert "notes.csv" in left and "top1_error.csv" in left and not {"sizes.svg", "test_sizes.csv"} & left
+
+
+@pytest.mark.slow
+def test_most_seeds_before_the_precision_is_said(table: Callable[..., Answer], tmp_path: Path) -> None:
+    answer = table("seeds=5", "most=5", "precision=0.0001")
+    assert answer.code == 0, answer.err
+    assert "most=5: reached before every difference was known to ± 0.0001 points\n" in answer.err
+
+
+def test_a_table_has_to_be_named(spp: Spp) -> None:
+    answer = spp("table")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith("spp table: name a table, like spp table table2; there are robustness_small32, study_")
 
 
 @pytest.mark.slow

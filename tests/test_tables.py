@@ -210,6 +210,14 @@ def test_chosen_rows_and_columns_keep_the_papers_numbers_in_place() -> None:
     assert list(chosen(spec(), ["b", "a"], None).rows) == ["a", "b"]  # in the table's order
 
 
+def test_ids_may_be_numbers() -> None:
+    rows, columns = {1: {"name": "one"}, 2: {"name": "two"}}, {224: {}, 180: {"test": "center_crop@180"}}
+    paper = {"top1_error": {2: [3.0, 4.0]}}
+    found = spec_of("x", {"title": "X", "rows": rows, "columns": columns, "test": "ten_crop", "paper": paper})
+    assert chosen(found, [2], [180]).paper == {"top1_error": {"2": [4.0]}}
+    assert list(chosen(found, [2], [180]).rows) == ["2"] and list(chosen(found, ["1"], ["224"]).columns) == ["224"]
+
+
 @pytest.mark.parametrize(
     ("rows", "columns", "line"),
     [
@@ -300,6 +308,11 @@ def test_the_time_of_tests_by_hand() -> None:
         ({"compare": [["b", "z"]]}, "^table.compare: z is not in it; rows are a, b, both, columns zf5, full"),
         ({"compare": [["b@z", "a"]]}, "^table.compare: b@z is not in it"),
         ({"compare": [["b"]]}, "^table.compare: .*: a comparison is of a row and its baseline"),
+        ({"compare": [["b", "b"]]}, "^table.compare: .*: a comparison is of a row and its baseline"),
+        ({"test": "centre_crop"}, "^table.test=centre_crop: there are no such views; use center_crop, ten_crop, "),
+        ({"columns": {"x": {"test": "ten_crop - foo@3"}}}, "^table.columns.x.test=foo@3: there are no such views"),
+        ({"rows": {False: {"name": "no SPP"}}}, "^table.rows.False: YAML takes no, yes, on and off for false and true"),
+        ({"rows": {"a": {"name": True}}}, "^table.rows.a: YAML takes no, yes, on and off"),
         ({"compare": ["ba"]}, "^table.compare: ba: a comparison is of a row and its baseline"),
         ({"paper": {"top1_error": {"a": [1.0]}}}, r"^table.paper.top1_error.a=\[1.0\]: give of the rows a, b, both, a"),
         ({"paper": {"top1_error": {"z": [1.0, 2.0]}}}, "^table.paper.top1_error.z="),

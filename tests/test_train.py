@@ -330,7 +330,10 @@ def test_however_the_pictures_are_read_the_weights_and_the_history_are_the_same_
         ),
         (["tests=[foo]"], "tests: foo: views.crops='foo': use one of center_crop, ten_crop, full_image"),
         (["tests=[center_crop@0]"], "tests: center_crop@0: views.size=0: use a number of px"),
-        (["tests=[center_crop@2]"], "the net does not take images of 2 px"),
+        (["tests=[center_crop@2]"], "center_crop@2: the net does not take images of 2 px"),
+        (["data.val_sizes=[32,2]"], "data.val_sizes: the net does not take images of 2 px"),
+        (["sizes.sizes=[2,32]"], "sizes: the net does not take images of 2 px"),
+        (["optimizer.lr=-1"], "optimizer: Invalid learning rate: -1"),
         (["trainer.precision=bf16-true"], "trainer.precision=bf16-true: order and chance need float32; use 32-true"),
     ],
 )
