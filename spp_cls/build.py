@@ -142,7 +142,7 @@ def check_arguments(config: DictConfig) -> None:
 
 
 def check_run(config: DictConfig) -> None:
-    """Refuse what can be known to be wrong of a run by its config alone, before its pictures are looked for."""
+    """Refuse what can be known to be wrong of a run by its config alone, whatever machine it is for."""
     check_arguments(config)
     _check_trainer(config)
     _optimizer(config)
@@ -419,6 +419,7 @@ def build_trainer(config: DictConfig, folder: Path | None) -> Trainer:
         arguments["default_root_dir"] = str(folder)
     elif not callbacks:
         arguments["enable_progress_bar"] = False
+    check_devices(config)
     _check_trainer(config)
     settings = with_the_ranks_there_are(config.trainer)
     if settings.get("deterministic") is True and _takes_mps(settings.get("accelerator")):
@@ -467,7 +468,6 @@ PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "32", "16", "bf16", "transfor
 
 def _check_trainer(config: DictConfig) -> None:
     """Refuse what Lightning would take and do another thing with, or name nothing of."""
-    _check_devices(config)
     trainer = config.trainer
     if trainer.get("max_steps", -1) != -1:
         raise ValueError(
@@ -489,7 +489,8 @@ def _check_trainer(config: DictConfig) -> None:
     check_number("trainer.accumulate_grad_batches", trainer.get("accumulate_grad_batches"))
 
 
-def _check_devices(config: DictConfig) -> None:
+def check_devices(config: DictConfig) -> None:
+    """Refuse devices that this machine does not have."""
     accelerator, devices = config.trainer.get("accelerator"), config.trainer.get("devices")
     there = torch.cuda.device_count() if accelerator in ("gpu", "cuda") else 0
     if there and str(devices).isdecimal() and int(devices) > there:

@@ -230,7 +230,7 @@ def run(config: DictConfig) -> None:
 
     from . import build
 
-    build.check_arguments(config)
+    build.check_run(config)
     epochs, seconds = config.trainer.max_epochs, config.measure
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"trainer.max_epochs={epochs}: a plan is of a number of epochs, at least 1")

@@ -40,7 +40,7 @@ class Plan:
 
 def run(config: DictConfig) -> None:
     """Everything that `spp table` does with a config."""
-    from . import intervals, jobs, tables
+    from . import build, intervals, jobs, tables
 
     _check(config)
     hydra: Any = HydraConfig.get()
@@ -67,7 +67,9 @@ def run(config: DictConfig) -> None:
         every = [by_seed[seed] for seed in range(seeds) for by_seed in wanted.values()]  # each seed a whole table
         first = {(job.key, job.tests): job for job in reversed(every)}  # cells may share runs
         in_turn = [job for job in every if first[job.key, job.tests] is job]
-        _say(spec, in_turn, rows, plans, wanted)
+        undone = _say(spec, in_turn, rows, plans, wanted)
+        if config.run and undone:
+            build.check_devices(config)
         failed = (
             _do(in_turn, jobs.in_group(places, output.name), rows, results / f"{choice}.jsonl") if config.run else 0
         )
@@ -258,8 +260,8 @@ def training_flops(config: DictConfig, tests: Sequence[str] = ()) -> float:
 
 def _say(
     spec: Spec, in_turn: list[Job], rows: Mapping[str, Row], plans: Mapping[tuple[str, str], Plan], wanted: Jobs
-) -> None:
-    """What is to be done, and what it costs by what has been done."""
+) -> int:
+    """What is to be done, and what it costs by what has been done; how many runs it is."""
     from .words import duration, operations
 
     cell_of = {job.key: cell for cell, by_seed in wanted.items() for job in by_seed.values()}
@@ -279,6 +281,7 @@ def _say(
         if cost and seconds:
             said += f", about {duration(seconds * work / cost)} at the pace of those that are done"
     print(said, file=sys.stderr)
+    return len(undone)
 
 
 def _do(in_turn: list[Job], places: Any, rows: dict[str, Row], into: Path) -> int:

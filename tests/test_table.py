@@ -310,6 +310,20 @@ def test_rows_may_be_called_by_numbers_and_old_files_go(table: Callable[..., Ans
 
 
 @pytest.mark.slow
+def test_devices_matter_where_there_is_something_to_run(table: Callable[..., Answer], tmp_path: Path) -> None:
+    assert table("seeds=1").code == 0
+    moved = ("trainer.accelerator=gpu", "trainer.devices=99")  # which the rows do not hold against each other
+    answer = table("seeds=1", *moved, "run=false")
+    assert answer.code == 0, answer.err
+    answer = table("seeds=2", *moved)
+    assert (answer.code, answer.err.splitlines()[-1]) == (
+        2,
+        "spp table: trainer.accelerator=gpu: no GPU is to be seen here; use trainer=cpu",
+    )
+    assert len(begun(tmp_path)) == 2
+
+
+@pytest.mark.slow
 def test_most_seeds_before_the_precision_is_said(table: Callable[..., Answer], tmp_path: Path) -> None:
     answer = table("seeds=5", "most=5", "precision=0.0001")
     assert answer.code == 0, answer.err
