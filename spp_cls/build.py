@@ -146,7 +146,7 @@ def check_run(config: DictConfig) -> None:
     check_arguments(config)
     _check_trainer(config)
     _optimizer(config)
-    ResumePoint(Path(), **config.get("checkpoint", {}))
+    _resume_point(config, Path())
 
 
 METRICS = ("loss", "top1_error", "top5_error")
@@ -222,7 +222,7 @@ def _optimizer(config: DictConfig) -> Any:
     """What makes the optimizer of parameters; raises ValueError where it would refuse its settings then."""
     make = instantiate(config.optimizer, "optimizer")
     try:
-        make([nn.Parameter(torch.zeros(2, 2))])
+        make([{"params": [nn.Parameter(torch.zeros(2, 2))]}])
     except ValueError as error:
         raise ValueError(f"optimizer: {error}") from None
     except Exception:  # one of the user's own may want other parameters; those of the net will say so
@@ -400,7 +400,7 @@ def build_trainer(config: DictConfig, folder: Path | None) -> Trainer:
         callbacks += [c for c in chosen if not isinstance(c, Checkpoint)]
         if not config.trainer.get("fast_dev_run"):
             callbacks += [c for c in chosen if isinstance(c, Checkpoint)]
-            callbacks.append(ResumePoint(folder / CHECKPOINTS, **config.get("checkpoint", {})))
+            callbacks.append(_resume_point(config, folder / CHECKPOINTS))
         loggers = [build_logger(c, name, folder) for name, c in (config.get("logger") or {}).items() if c]
         if media(loggers):
             callbacks.append(FirstBatch(folder))
@@ -427,6 +427,14 @@ def build_trainer(config: DictConfig, folder: Path | None) -> Trainer:
         settings.deterministic = "warn"  # as trainer=mps, which says why
     trainer: Trainer = instantiate(settings, "trainer", **arguments)
     return trainer
+
+
+def _resume_point(config: DictConfig, folder: Path) -> ResumePoint:
+    chosen = config.get("checkpoint") or {}
+    for key in chosen:
+        if key not in ("every_minutes", "every_steps"):
+            raise ValueError(f"checkpoint.{key}: there is no such key; use every_minutes or every_steps")
+    return ResumePoint(folder, **chosen)
 
 
 def _takes_mps(accelerator: Any) -> bool:
@@ -463,7 +471,16 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=r".*sync_dist=True")  # the errors are summed over the ranks already
 
 
-PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "32", "16", "bf16", "transformer-engine")
+PRECISIONS = (
+    "32-true",
+    "16-mixed",
+    "bf16-mixed",
+    "32",
+    "16",
+    "bf16",
+    "transformer-engine",
+    "transformer-engine-float16",
+)
 
 
 def _check_trainer(config: DictConfig) -> None:
@@ -482,7 +499,7 @@ def _check_trainer(config: DictConfig) -> None:
     if precision is not None and str(precision) not in PRECISIONS:
         raise ValueError(f"trainer.precision={precision}: use one of {', '.join(PRECISIONS)}")
     clip = trainer.get("gradient_clip_val")
-    if clip is not None and not clip > 0:
+    if isinstance(clip, int | float) and clip < 0:
         raise ValueError(f"trainer.gradient_clip_val={clip}: use a number above 0, or null for no clipping")
     if trainer.get("limit_train_batches") == 0:
         raise ValueError("trainer.limit_train_batches=0: trains nothing; a run that is there is tested by spp evaluate")

@@ -112,7 +112,7 @@ def _duplicates(index: Index) -> dict[str, Any]:
 def text(found: dict[str, Any]) -> str:
     """A report for people: every bad file, and of all other lists the first names."""
     pictures, bad, duplicates = found["pictures"], found["bad"], found["duplicates"]
-    if "no_data_set" in found:  # what files there are is true; classes and parts are not
+    if "no_data_set" in found:  # so how many classes and parts there are is a guess
         lines = [
             found["root"],
             _line("no data set", found["no_data_set"]),

@@ -151,15 +151,16 @@ def _test(run: Run, views: Views, config: DictConfig, first: Tested | None) -> T
         datamodule.batch_size = config.batch_size
     if config.num_workers is not None:
         datamodule.num_workers = config.num_workers
-    size = datamodule.sized(views).size
-    assert size is not None
-    check_shapes(classifier.net, [("views.size", (size, size))])
+    least = datamodule.sized(views).smallest_side(datamodule.resize, datamodule.region)
+    check_shapes(classifier.net, [("views.size", (least, least))])
     if first is not None and not same_pictures(first.datamodule, datamodule, config.split):
         raise ValueError(f"run={run.folder}: its {config.split} pictures are not those of {first.run.folder}")
     assert datamodule.index is not None
     if not len(datamodule.index.rows(config.split)):
         raise ValueError(f"split={config.split}: {datamodule.root} has no such pictures")
     if config.batch_norm == "recalibrated":
+        size = datamodule.sized(views).size
+        assert size is not None
         recalibrate(classifier.net, datamodule, size, config.recalibration_images)
     trainer = build.build_trainer(config, None)
     return Tested(run, datamodule, *evaluate(classifier, datamodule, trainer, views, config.split))

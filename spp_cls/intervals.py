@@ -92,7 +92,7 @@ def over_images(wrong: Wrong, level: float = 0.95) -> Estimate:
     that is most of what differs between two nets; it knows nothing of Student's t besides. The interval is never
     narrower than that over the seeds alone: where these are few and differ most, Satterthwaite's degrees of freedom are
     too many. Simulated (500 images; 2, 3, 5 and 18 seeds; each part the largest, and none), intervals at 95 % cover 92
-    to 98 %, least where five seeds differ by more than ten points; without the last rule 88 to 96 %.
+    to 99 %, least where five seeds differ by more than ten points; without the last rule 88 to 96 %.
 
     Raises ValueError unless `wrong` is bool, (S, N) and not empty.
     """

@@ -126,10 +126,11 @@ def run(config: DictConfig) -> None:
     views = build.instantiate(config.views, "views")
     run = build.load_run(config.run, config.ckpt, config.trust)
     classifier = build.load_classifier(run.checkpoint, config.trust)
-    size = views.size or classifier.identity["region"]
-    views = Views(views.crops, size)
+    known = classifier.identity
+    views = Views(views.crops, views.size or known["region"])
     views.check(classifier.net)
-    check_shapes(classifier.net, [("views.size", (size, size))])
+    least = views.smallest_side(known["resize"], known["region"])
+    check_shapes(classifier.net, [("views.size", (least, least))])
     if config.device == "auto":
         classifier.to("cuda" if torch.cuda.is_available() else "cpu")
     else:

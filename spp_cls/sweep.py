@@ -155,7 +155,7 @@ def _check_values(space: Mapping[str, Dimension], words: Sequence[str], search: 
         drawn = [_word(key, values[turn % len(values)]) for key, values in ends.items()]
         try:
             config = build.composed([*words, *drawn, *search])
-            build.check_run(config)
+            build.check_arguments(config)
         except ValueError as error:
             raise ValueError(f"space: {error}") from None
     plain = compose("train", [*words, *search])

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # What of a command `spp table` reads itself, and what it sets of each run.
 OWN = ("table", "rows", "columns", "seeds", "most", "precision", "margin", "same_compute", "at_once", "run", "results")
 SHOWN = ("rows", "columns", "seeds", "most", "precision", "margin", "same_compute")  # of OWN, what decides the table
+ASKING = ("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info", "-sc", "--shell-completion")
 SETS = ("seed", "views", "test", "tests", "ckpt_path", "resume")
 Jobs = dict[tuple[str, str], dict[int, "Job"]]  # (row, column) → seed → job
 
@@ -179,7 +180,7 @@ def _refuse_what_the_table_sets(spec: Spec, words: list[str]) -> None:
 
     for part in (Part(spec.title, spec.settings), *spec.rows.values(), *spec.columns.values()):
         for setting in part.settings:
-            if key_of(setting) in SETS:
+            if key_of(setting) in ("seed", "test", "tests", "ckpt_path"):  # in vain, or against the table
                 raise ValueError(
                     f"table: {setting}, of {part.name}: the table sets {key_of(setting)} of each run itself"
                 )
@@ -245,13 +246,13 @@ def training_flops(config: DictConfig, tests: Sequence[str] = ()) -> float:
         net = build.build_net(config, len(datamodule.classes))
     sizes = [("data.val_sizes", size) for size in datamodule.val_sizes]
     for test in build.tests_of(tests, datamodule.region):
-        sizes.append((test.name, test.views.size or datamodule.region))
+        sizes.append((test.name, test.views.smallest_side(datamodule.resize, datamodule.region)))
         try:
             test.views.check(net)
         except ValueError as error:
             said = str(error).replace("use views=ten_crop", "leave out its row")
             raise ValueError(f"{test.name}: {said}") from None
-    check_shapes(net, ((what, (size, size)) for what, size in sizes))
+    check_shapes(net, [*(("sizes", shape) for shape in images), *((what, (size, size)) for what, size in sizes)])
     try:
         return float(whole(images, {shape: cost(net, shape).training_flops for shape in images}))
     except NotImplementedError:
@@ -360,8 +361,6 @@ def _write(spec: Spec, runs: Any, plans: Any, config: DictConfig, words: list[st
     drawn = tables.figures(spec, runs, names, level)
     costs = tables.costs(spec, runs, {cell: plan.flops for cell, plan in plans.items()}, level)
     costs += tables.costs_of_tests(spec, runs, names, level)
-    for old in [path for form in _FORMS for path in output.glob(form)]:
-        old.unlink()  # of a table of other metrics or sizes
     text = "\n".join(f"{render.markdown(table)}\n" for table in (*found, *sized, *costs))
     write_whole(output / "table.md", text)
     for table, metric in zip(found, spec.metrics, strict=True):
@@ -376,12 +375,11 @@ def _write(spec: Spec, runs: Any, plans: Any, config: DictConfig, words: list[st
         spec.title, spec.about, (*found, *sized, *costs), tuple(drawn.values()), notes, OmegaConf.to_yaml(config)
     )
     write_whole(output / "index.html", render.html(page))
+    written = {*spec.metrics, *drawn, *(f"test_sizes{number or ''}" for number in range(len(sized)))}
+    for name in {*tables.METRICS, "errors", "sizes", "learning", "test_sizes"} - written:  # of a table as it was before
+        for form in ("csv", "tex", "svg", "pdf"):
+            (output / f"{name}.{form}").unlink(missing_ok=True)
     return found
-
-
-_FORMS = ("top?_error.csv", "top?_error.tex", "test_sizes*.csv") + tuple(
-    f"{figure}.{form}" for figure in ("errors", "sizes*", "learning*") for form in ("svg", "pdf")
-)  # what `_write` leaves besides table.md and index.html
 
 
 def _names(spec: Spec, plans: Mapping[tuple[str, str], Plan]) -> dict[tuple[str, str], tuple[str, ...]]:
@@ -440,7 +438,8 @@ def main(arguments: list[str] | None = None) -> None:
             "table",
             f"{' '.join(named)}: one table at a time; rows and columns of it are chosen by rows=[…] columns=[…]",
         )
-    if not named and not any(word.startswith(("table=", "-")) for word in others):
+    keys = {word.partition("=")[0] for word in others}
+    if not named and not keys & {"table", *ASKING}:
         known = ", ".join(dict.fromkeys(path.stem for path in choices_of("table")))
         fail("table", f"name a table, like spp table table2; there are {known}")
     if {"-m", "--multirun"} & set(others):

@@ -80,8 +80,11 @@ def spec_of(name: str, config: Mapping[str, Any]) -> Spec:
     for tested in parts_of(str(config["test"])):
         _check_test("table.test", tested)
     parts = {key: {str(id_): _part(key, id_, one) for id_, one in config[key].items()} for key in KINDS}
+    for key in KINDS:
+        if len(parts[key]) < len(config[key]):
+            raise ValueError(f"table.{key}: two have one id: {', '.join(map(repr, config[key]))}")
     for pair in config.get("compare") or ():
-        if isinstance(pair, str) or len(pair) != 2 or pair[0] == pair[1]:
+        if not isinstance(pair, list) or len(pair) != 2 or _is_one(*map(str, pair)):
             raise ValueError(f"table.compare: {pair}: a comparison is of a row and its baseline, like [b, a]")
     spec = Spec(
         name,
@@ -126,6 +129,12 @@ _LISTS = {
     **{"compare": "[[b, a]]", "metrics": "[top1_error, top5_error]", "sizes": "[128, 224]"},
     **{"settings": "[model=zf5, 'model.levels=[6]']", "average": "[a, b]"},
 }
+
+
+def _is_one(one: str, other: str) -> bool:
+    """Whether two, row or row@column, are of one row, and not in two columns."""
+    (row, _, column), (against, _, at) = one.partition("@"), other.partition("@")
+    return row == against and not (column and at and column != at)
 
 
 def _paper_of(config: Any) -> dict[str, dict[str, Any]]:

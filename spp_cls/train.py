@@ -102,7 +102,7 @@ def check(net: nn.Module, datamodule: MultiSizeDataModule, trainer: Trainer, tes
     for test in tests:
         test.views.check(net)
     sizes = [("data.val_sizes", size) for size in datamodule.val_sizes]
-    sizes += [(test.name, test.views.size or datamodule.region) for test in tests]
+    sizes += [(test.name, test.views.smallest_side(datamodule.resize, datamodule.region)) for test in tests]
     trained = [("sizes", shapes[0]), ("sizes", shapes[-1])]
     check_shapes(net, [*trained, *((what, (size, size)) for what, size in sizes)])
 

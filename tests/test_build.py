@@ -424,7 +424,6 @@ def test_steps_that_would_end_inside_an_epoch_are_refused(tmp_path: Path) -> Non
         ({"precision": "foo"}, "trainer.precision=foo: use one of 32-true, 16-mixed, bf16-mixed, "),
         ({"precision": 64}, "trainer.precision=64: order and chance need float32; use 32-true, "),
         ({"gradient_clip_val": -1}, "trainer.gradient_clip_val=-1: use a number above 0, or null for no clipping"),
-        ({"gradient_clip_val": 0}, "trainer.gradient_clip_val=0: use a number above 0"),
         ({"limit_train_batches": 0}, "trainer.limit_train_batches=0: trains nothing; "),
         ({"accumulate_grad_batches": 0}, "trainer.accumulate_grad_batches=0: use a whole number of at least 1"),
         ({"accelerator": "gpu", "devices": 9}, "trainer.devices=9: 2 GPUs are to be seen here; use at most as many"),
@@ -438,6 +437,21 @@ def test_what_lightning_would_take_for_another_thing(
     with pytest.raises(ValueError) as caught:
         build.build_trainer(OmegaConf.create({"trainer": settings}), tmp_path)
     assert str(caught.value).startswith(line)
+
+
+def test_no_clipping_may_be_written_as_nought(tmp_path: Path) -> None:
+    target = {"_target_": "lightning.pytorch.Trainer", "accelerator": "cpu", "enable_progress_bar": False}
+    for precision in (32, "32-true", "bf16-mixed", None):
+        config = OmegaConf.create({"trainer": {**target, "gradient_clip_val": 0, "precision": precision}})
+        assert build.build_trainer(config, tmp_path).gradient_clip_val == 0
+
+
+def test_what_a_run_saves_when_is_named() -> None:
+    config = OmegaConf.create({"trainer": {}, "optimizer": {"_target_": "torch.optim.SGD", "_partial_": True}})
+    build.check_run(config)
+    build.check_run(OmegaConf.merge(config, {"checkpoint": None}))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^checkpoint.foo: there is no such key; use every_minutes or every_steps$"):
+        build.check_run(OmegaConf.merge(config, {"checkpoint": {"foo": 1}}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -308,7 +308,11 @@ def test_the_time_of_tests_by_hand() -> None:
         ({"compare": [["b", "z"]]}, "^table.compare: z is not in it; rows are a, b, both, columns zf5, full"),
         ({"compare": [["b@z", "a"]]}, "^table.compare: b@z is not in it"),
         ({"compare": [["b"]]}, "^table.compare: .*: a comparison is of a row and its baseline"),
-        ({"compare": [["b", "b"]]}, "^table.compare: .*: a comparison is of a row and its baseline"),
+        *(
+            ({"compare": compare}, "^table.compare: .*: a comparison is of a row and its baseline, like ")
+            for compare in ([["b", "b"]], [["b@zf5", "b"]], [2, 1], [{"a": 1, "b": 2}])
+        ),
+        ({"columns": {1: {}, "1": {}}}, "^table.columns: two have one id: 1, '1'"),
         ({"test": "centre_crop"}, "^table.test=centre_crop: there are no such views; use center_crop, ten_crop, "),
         ({"columns": {"x": {"test": "ten_crop - foo@3"}}}, "^table.columns.x.test=foo@3: there are no such views"),
         ({"rows": {False: {"name": "no SPP"}}}, "^table.rows.False: YAML takes no, yes, on and off for false and true"),

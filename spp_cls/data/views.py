@@ -155,6 +155,12 @@ class Views:
         assert self.size is not None
         return round(self.size * resize / region)
 
+    def smallest_side(self, resize: int, region: int) -> int:
+        """In px, of what a net is given at the least: of views, or of pictures that are taken whole."""
+        assert self.size is not None
+        size = self.size
+        return min(each.shorter_side(size, resize, region) if each.places is None else size for each in self.passes)
+
     def check(self, net: Any) -> None:
         """Raise ValueError where views are windows on maps and `net` has no such windows."""
         if not any(each.on_maps for each in self.passes):

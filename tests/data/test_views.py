@@ -267,6 +267,14 @@ def test_nets_without_windows_are_refused_in_one_line() -> None:
 # Sizes
 
 
+def test_the_least_that_a_net_is_given() -> None:
+    assert (
+        Views("center_crop", 28).smallest_side(256, 224) == Views("multi_scale_full", 28).smallest_side(256, 224) == 28
+    )
+    assert Views("full_image", 28).smallest_side(256, 224) == 32  # 28 · 256 / 224
+    assert Views("warp", 28).smallest_side(256, 224) == 28
+
+
 @pytest.mark.parametrize(
     ("size", "resize", "region", "shorter"),
     [(224, 256, 224, 256), (180, 256, 224, 206), (256, 256, 224, 293), (32, 36, 32, 36), (26, 36, 32, 29)],
