@@ -252,11 +252,13 @@ def training_flops(config: DictConfig, tests: Sequence[str] = ()) -> float:
         except ValueError as error:
             said = str(error).replace("use views=ten_crop", "leave out its row")
             raise ValueError(f"{test.name}: {said}") from None
-    check_shapes(net, [*(("sizes", shape) for shape in images), *((what, (size, size)) for what, size in sizes)])
+    check_shapes(net, ((what, (size, size)) for what, size in sizes))
     try:
         return float(whole(images, {shape: cost(net, shape).training_flops for shape in images}))
     except NotImplementedError:
         return 0.0
+    except ValueError as error:
+        raise ValueError(f"sizes: {error}") from None
 
 
 def _say(
