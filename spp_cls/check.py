@@ -112,19 +112,14 @@ def _duplicates(index: Index) -> dict[str, Any]:
 def text(found: dict[str, Any]) -> str:
     """A report for people: every bad file, and of all other lists the first names."""
     pictures, bad, duplicates = found["pictures"], found["bad"], found["duplicates"]
-    if "no_data_set" in found:  # so how many classes and parts there are is a guess
-        lines = [
-            found["root"],
-            _line("no data set", found["no_data_set"]),
-            _line("pictures", f"{pictures:,}, {_bytes(found['bytes'])}"),
-        ]
+    is_data_set, size = "no_data_set" not in found, _bytes(found["bytes"])  # else classes and parts are guesses
+    lines = [found["root"]]
+    if is_data_set:
+        lines.append(_line("pictures", f"{pictures:,} of {len(found['classes']):,} classes, {size}"))
+        lines.append(_line("splits", ", ".join(f"{split} {number:,}" for split, number in found["splits"].items())))
     else:
-        lines = [
-            found["root"],
-            _line("pictures", f"{pictures:,} of {len(found['classes']):,} classes, {_bytes(found['bytes'])}"),
-            _line("splits", ", ".join(f"{split} {number:,}" for split, number in found["splits"].items())),
-        ]
-    if pictures and "no_data_set" not in found:
+        lines += [_line("no data set", found["no_data_set"]), _line("pictures", f"{pictures:,}, {size}")]
+    if pictures and is_data_set:
         numbers = {name: counts["train"] for name, counts in found["classes"].items()}
         least, most = min(numbers, key=lambda name: numbers[name]), max(numbers, key=lambda name: numbers[name])
         balance = f"{numbers[least]:,} ({least}) to {numbers[most]:,} ({most}) training pictures a class"
