@@ -386,6 +386,13 @@ def tests_of(texts: Sequence[str] | None, region: int) -> list[Test]:
     return found
 
 
+def shapes_asked(datamodule: MultiSizeDataModule, tests: Sequence[Test]) -> list[tuple[str, tuple[int, int]]]:
+    """What validation and `tests` give a net at the least (height, width), each with what asks for it."""
+    sizes = [("data.val_sizes", size) for size in datamodule.val_sizes]
+    sizes += [(test.name, test.views.smallest_side(datamodule.resize, datamodule.region)) for test in tests]
+    return [(what, (size, size)) for what, size in sizes]
+
+
 def build_trainer(config: DictConfig, folder: Path | None) -> Trainer:
     """A Trainer: to train into the run folder `folder`, or, without one, to test."""
     quieten()

@@ -244,15 +244,14 @@ def training_flops(config: DictConfig, tests: Sequence[str] = ()) -> float:
     images = images_at(datamodule, datamodule.planned_shapes(epochs))
     with torch.device("meta"):
         net = build.build_net(config, len(datamodule.classes))
-    sizes = [("data.val_sizes", size) for size in datamodule.val_sizes]
-    for test in build.tests_of(tests, datamodule.region):
-        sizes.append((test.name, test.views.smallest_side(datamodule.resize, datamodule.region)))
+    every = build.tests_of(tests, datamodule.region)
+    for test in every:
         try:
             test.views.check(net)
         except ValueError as error:
             said = str(error).replace("use views=ten_crop", "leave out its row")
             raise ValueError(f"{test.name}: {said}") from None
-    check_shapes(net, ((what, (size, size)) for what, size in sizes))
+    check_shapes(net, build.shapes_asked(datamodule, every))
     try:
         return float(whole(images, {shape: cost(net, shape).training_flops for shape in images}))
     except NotImplementedError:

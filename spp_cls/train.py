@@ -80,6 +80,7 @@ def test(
 
 def check(net: nn.Module, datamodule: MultiSizeDataModule, trainer: Trainer, tests: Sequence[Test] = ()) -> None:
     """Refuse, before anything is written, a batch that does not divide and sizes that region or net do not take."""
+    from .build import shapes_asked
     from .cost import check_shapes
 
     datamodule.trainer = trainer
@@ -101,10 +102,7 @@ def check(net: nn.Module, datamodule: MultiSizeDataModule, trainer: Trainer, tes
     shapes = sorted({shape for in_epoch in planned.values() for shape in in_epoch}, key=math.prod)
     for test in tests:
         test.views.check(net)
-    sizes = [("data.val_sizes", size) for size in datamodule.val_sizes]
-    sizes += [(test.name, test.views.smallest_side(datamodule.resize, datamodule.region)) for test in tests]
-    trained = [("sizes", shapes[0]), ("sizes", shapes[-1])]
-    check_shapes(net, [*trained, *((what, (size, size)) for what, size in sizes)])
+    check_shapes(net, [("sizes", shapes[0]), ("sizes", shapes[-1]), *shapes_asked(datamodule, tests)])
 
 
 @dataclass(frozen=True)
